@@ -1,0 +1,32 @@
+# Everything runs in .venv; constraints.txt pins every package, torch's CPU build among them.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test check bench clean
+
+demo: $(STAMP)
+	$(BIN)/longspan demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: $(STAMP)
+	@ls benchmarks/*.py | grep -v __init__ | sed 's|benchmarks/\(.*\)\.py|$(BIN)/python -m benchmarks.\1|'
+
+# Debian leaves the venv module out of python3; where it is missing, root can mend it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c "import ensurepip" 2>/dev/null || { apt-get update -qq && apt-get install -y -qq python3-venv; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt "torch==2.13.0"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

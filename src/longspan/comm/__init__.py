@@ -1,0 +1,1 @@
+"""Meshes, and moving tensors between layouts, on torch.distributed."""

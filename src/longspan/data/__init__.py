@@ -1,0 +1,1 @@
+"""Documents, their lengths, and how they are packed into batches."""

@@ -1,0 +1,57 @@
+"""The errors that a user of longspan can meet.
+
+Each says in one line what is wrong, where, and how to mend it; the command line prints that
+line and exits with code 2.
+
+    LongspanError
+    ├── ConfigError       a setting is unknown, missing or impossible
+    ├── DataError         the documents can't be read or used
+    ├── LayoutError       a tensor, mesh or order doesn't fit together
+    ├── ModelError        a model asks for what can't be honoured exactly
+    ├── LeakError         information crosses documents or flows back in time
+    ├── MemoryLimitError  the job doesn't fit the device
+    └── CheckpointError   a checkpoint is missing, damaged or of another run
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LayoutError",
+    "LeakError",
+    "LongspanError",
+    "MemoryLimitError",
+    "ModelError",
+]
+
+
+class LongspanError(Exception):
+    """Base of all errors that name a mistake outside longspan's own code."""
+
+
+class ConfigError(LongspanError):
+    """A setting is unknown, missing or impossible."""
+
+
+class DataError(LongspanError):
+    """The documents can't be read or used."""
+
+
+class LayoutError(LongspanError):
+    """A tensor, a mesh or an order doesn't fit together."""
+
+
+class ModelError(LongspanError):
+    """A model asks for something that can't be honoured exactly."""
+
+
+class LeakError(LongspanError):
+    """Information crosses from one document to another, or from future to past."""
+
+
+class MemoryLimitError(LongspanError):
+    """The job doesn't fit the memory of a device."""
+
+
+class CheckpointError(LongspanError):
+    """A checkpoint is missing, damaged, or belongs to another run."""

@@ -1,0 +1,1 @@
+"""The score: what is computed and what is sent, as plain arithmetic on sizes."""

@@ -1,0 +1,70 @@
+"""The score's two kinds of op: what a rank computes, and what ranks send each other.
+
+An op says *what*, in flops and bytes; what that costs on a cluster, and how it is run, are told
+elsewhere.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Comm", "CommKind", "Compute", "Op"]
+
+CommKind = Literal["send", "all_to_all", "all_gather", "reduce_scatter", "all_reduce", "broadcast"]
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Work of one rank: ``flops`` floating point operations and ``bytes`` of memory traffic.
+
+    ``kind`` names the rate it runs at ("matmul", "attention", …), ``dtype`` torch's name of the
+    number format.
+    """
+
+    kind: str
+    flops: float
+    bytes: float = 0.0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Comm:
+    """One communication among ``ranks``; ``sizes`` in bytes, by kind:
+
+    ====================  =======================================================
+    send                  ``ranks`` = (from, to); one size
+    broadcast             ``ranks[0]`` has it; one size
+    all_gather            what each rank contributes
+    reduce_scatter        what each rank is left with
+    all_reduce            one size: the whole tensor
+    all_to_all            a row per sender, a column per receiver, flattened
+    ====================  =======================================================
+    """
+
+    kind: CommKind
+    ranks: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def sent_bytes(self, rank: int) -> int:
+        """Bytes that ``rank`` must hand to others: what it has and they lack.
+
+        For reductions this counts partial sums sent straight to the rank that keeps them; for
+        an all-reduce, a reduce-scatter and an all-gather of equal shares (rounded up).
+        """
+        if rank not in self.ranks:
+            return 0
+        world, index = len(self.ranks), self.ranks.index(rank)
+        match self.kind:
+            case "send" | "broadcast":
+                return self.sizes[0] * (world - 1) if index == 0 else 0
+            case "all_gather":
+                return self.sizes[index] * (world - 1)
+            case "reduce_scatter":
+                return sum(self.sizes) - self.sizes[index]
+            case "all_reduce":
+                return -(-2 * (world - 1) * self.sizes[0] // world)
+            case "all_to_all":
+                row = self.sizes[index * world : (index + 1) * world]
+                return sum(row) - row[index]
+
+
+Op = Compute | Comm

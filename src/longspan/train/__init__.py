@@ -1,0 +1,1 @@
+"""Training: where deciding and running meet."""
