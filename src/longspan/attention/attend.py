@@ -13,7 +13,7 @@ from longspan.errors import LayoutError
 from longspan.layout import Order, local_length
 from longspan.schedule.ring import Ring
 
-__all__ = ["attend", "ring_of"]
+__all__ = ["attend", "global_length", "ring_of"]
 
 
 def attend(
@@ -42,7 +42,7 @@ def attend(
     order = Order.of(order)
     _check_shapes(q, k, v)
     if cu_seqlens is None:
-        documents = (0, _global_length(q, group, order))
+        documents = (0, global_length(q.shape[2], group, order))
     else:
         documents = tuple(int(end) for end in cu_seqlens)
     ring = ring_of(k, v, group.size(), order, causal, documents)
@@ -96,13 +96,17 @@ def _dims(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _global_length(q: Tensor, group: dist.ProcessGroup, order: Order) -> int:
-    """The sum of all ranks' lengths; every rank raises if they aren't an order's shares."""
+def global_length(tokens: int, group: dist.ProcessGroup, order: Order) -> int:
+    """The whole sequence's length, from each rank's number of tokens.
+
+    Raises LayoutError, on every rank, if they aren't the shares that ``order`` deals.
+    """
     if group.size() == 1:
-        return q.shape[2]
-    own = torch.tensor([q.shape[2]], device=q.device)
-    lengths = own.new_empty(group.size())
-    dist.all_gather_into_tensor(lengths, own, group=group)
+        return tokens
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    lengths = torch.zeros(group.size(), dtype=torch.long, device=device)
+    lengths[group.rank()] = tokens
+    dist.all_reduce(lengths, group=group)
     found = lengths.tolist()
     shares = [local_length(sum(found), rank, len(found), order) for rank in range(len(found))]
     if found != shares:
