@@ -16,12 +16,24 @@ __all__ = ["batched", "find_files", "read_documents"]
 
 _LINES = {".jsonl", ".ndjson"}
 _PARQUET = {".parquet", ".pq"}
-_TEXT = set(
-    ".adoc .bat .c .cc .cfg .clj .conf .cpp .cs .css .cu .cuh .cxx .erl .ex .f90 .go .h .hpp .hs "
-    ".htm .html .ini .java .jl .js .jsx .kt .lean .lisp .log .lua .m .markdown .md .ml .org .php "
-    ".pl .ps1 .py .pyi .r .rb .rs .rst .scala .sh .sql .svg .swift .tex .text .toml .ts .tsx .txt "
-    ".v .vue .xml .yaml .yml .zig".split()
-)
+_TEXT = {".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".log"}
+_TEXT |= {
+    ".html",
+    ".htm",
+    ".xml",
+    ".svg",
+    ".css",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".ini",
+    ".cfg",
+    ".conf",
+}
+_TEXT |= {".py", ".pyi", ".r", ".jl", ".lua", ".pl", ".rb", ".php", ".sh", ".bat", ".ps1", ".sql"}
+_TEXT |= {".c", ".h", ".cc", ".hh", ".cpp", ".hpp", ".cxx", ".cu", ".cuh", ".m", ".cs", ".java"}
+_TEXT |= {".go", ".rs", ".zig", ".swift", ".kt", ".scala", ".js", ".jsx", ".ts", ".tsx", ".vue"}
+_TEXT |= {".hs", ".ml", ".lisp", ".clj", ".erl", ".ex", ".lean", ".f90"}
 _MEND = "longspan reads text files (.txt, .md, .py, …), .jsonl and .parquet"
 _BATCH_ROWS = 64
 
@@ -100,7 +112,7 @@ def _read(path: Path, files: list[Path], field: str) -> Iterator[str]:
                 empty = False
                 yield text
         except OSError as error:
-            raise DataError(f"can't read {file}: {error.strerror or error}") from None
+            raise DataError(f"can't read {file}: {error.strerror or _first_line(error)}") from None
     if empty:
         raise DataError(f"no documents in {path}: its files are empty; give others")
 

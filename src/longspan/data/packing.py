@@ -40,7 +40,7 @@ _WINDOW_PACKS = 64
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """``length`` tokens of a document from ``start`` on, each with the token after it to predict."""
+    """``length`` tokens of a document from ``start`` on; each has the next one to predict."""
 
     document: int
     start: int

@@ -32,8 +32,12 @@ class Tokenizer(Protocol):
     """Turns a text into ids below ``vocab_size``; ``end_id`` closes a document.
 
     ``encode`` adds no token of its own. ``identity`` is the same for two tokenizers only if they
-    give the same ids.
+    give the same ids; ``name`` is "bytes" or the path of the file.
     """
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
 
     @property
     def vocab_size(self) -> int:
@@ -62,6 +66,7 @@ class Tokenizer(Protocol):
 class Bytes:
     """A token is a byte of the text in UTF-8 (ids 0 to 255); 256 ends a document."""
 
+    name: str = field(default="bytes", init=False)
     vocab_size: int = field(default=257, init=False)
     end_id: int = field(default=256, init=False)
     identity: str = field(default="bytes", init=False)
@@ -89,6 +94,7 @@ class FromFile:
     asks for are switched off.
     """
 
+    name: str
     model: Model = field(repr=False)
     vocab_size: int
     end_id: int
@@ -124,7 +130,7 @@ class FromFile:
             raise ConfigError(f"{path} has an empty vocabulary: give a trained tokenizer")
         end_id = ids[_end_of(path, ids, end)]
         identity = f"{hashlib.sha256(data).hexdigest()}/{end_id}"
-        return cls(model, max(ids.values()) + 1, end_id, identity)
+        return cls(str(path), model, max(ids.values()) + 1, end_id, identity)
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         """The ids of a text: int64 of shape (tokens,)."""
