@@ -90,13 +90,13 @@ def _verdict(lengths: Lengths, unit: str) -> tuple[str, str, str]:
     _, share = lengths.share_over(_LONG)
     tail = f"{share:.0%} of the {unit} sit in documents over 8K" if share else "None is over 8K"
     cut, limit = lengths.over_max_length, f"max_length {lengths.max_length:,}"
-    fit = f"{_documents(cut)} exceed {limit}." if cut else f"{limit} holds each of them whole."
+    fit = f"over {limit}: {_documents(cut)}." if cut else f"{limit} holds each of them whole."
     if lengths.waste_in_batches < 0.01:
         cost = "The lengths are even: padding would waste next to nothing."
     else:
         cost = (
-            f"Batches of {lengths.batch_size}, padded, would waste {lengths.waste_in_batches:.0%} "
-            f"of all positions; packing needs {lengths.packing_gain:.1f}× fewer."
+            f"Padded batches of {lengths.batch_size} would waste {lengths.waste_in_batches:.0%} "
+            f"of all positions; packs need {lengths.packing_gain:.1f}× fewer."
         )
     return size, f"{tail}; {fit}", cost
 

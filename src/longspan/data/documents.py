@@ -127,7 +127,7 @@ def _text(file: Path) -> Iterator[str]:
 def _lines(file: Path, field: str) -> Iterator[str]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            if not (line := line.strip()):
                 continue
             where = f"{file}:{number}"
             try:
@@ -136,11 +136,16 @@ def _lines(file: Path, field: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise DataError(f"{where}: not UTF-8 at byte {error.start}; convert it") from None
             except (ValueError, RecursionError) as error:
-                what = getattr(error, "msg", error)
                 raise DataError(
-                    f"{where}: not valid JSON ({what}); mend or delete the line"
+                    f"{where}: not valid JSON ({_json_fault(error)}); mend or delete the line"
                 ) from None
             yield _text_of(row, field, where)
+
+
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return str(error)
 
 
 def _text_of(row: Any, field: str, where: str) -> str:
@@ -154,7 +159,7 @@ def _text_of(row: Any, field: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise DataError(f"{where}: field {field!r} is a {kind}, not a text; name another field")
+        raise DataError(f"{where}: field {field!r} holds {kind}, not text; name another field")
     return text
 
 

@@ -73,17 +73,16 @@ def prepare(path: Path, field: str, tokenizer: Tokenizer, cache_dir: Path) -> St
     documents that can't be read, or a cache that can't be written.
     """
     key = _key(path, field, tokenizer)
-    directory = cache_dir / key
+    directory, partial = cache_dir / key, cache_dir / f"{key}.partial"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _locked(cache_dir / f"{key}.lock"):
             try:
                 return Store(directory)
             except DataError:
-                # Missing, or torn by a crash of the machine.
-                partial = cache_dir / f"{key}.partial"
-                shutil.rmtree(partial, ignore_errors=True)
+                # Missing, or torn when the machine went down.
                 shutil.rmtree(directory, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
                 _build(path, field, tokenizer, partial)
