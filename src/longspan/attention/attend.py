@@ -89,7 +89,9 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise LayoutError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise LayoutError(f"q, k and v must share a floating dtype: {q.dtype}, {k.dtype}, {v.dtype}")
+        raise LayoutError(
+            f"q, k and v must share a floating dtype: {q.dtype}, {k.dtype}, {v.dtype}"
+        )
 
 
 def _dims(x: Tensor) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from longspan.comm.mesh import axis_group
 from longspan.errors import ModelError
 from longspan.layout import Order, positions
 
-__all__ = ["patch"]
+__all__ = ["check_model", "patch"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -41,9 +41,7 @@ class _Sharding:
     calls: int = 0
 
 
-def patch(
-    model: Model, *, mesh: DeviceMesh, order: Order | str = Order.ZIGZAG
-) -> Model:
+def patch(model: Model, *, mesh: DeviceMesh, order: Order | str = Order.ZIGZAG) -> Model:
     """Make ``model`` take this rank's share of a sequence that is sharded over ``mesh``.
 
     Call the model with ``input_ids (B, S_local)``, this rank's tokens in ``order``, and
@@ -58,7 +56,7 @@ def patch(
     """
     order = Order.of(order)
     axis_group(mesh)
-    _refuse_config(model)
+    check_model(model)
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _no_mask)
     model.set_attn_implementation(_NAME)
@@ -84,7 +82,8 @@ def _name(model: Any) -> str:
     return type(model).__name__
 
 
-def _refuse_config(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ModelError if the model can't be sharded exactly; it may be on the meta device."""
     config = model.config
     parameters = inspect.signature(model.forward).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -35,7 +35,9 @@ class Data(_Section):
     field: str = Field("text", description="Where the text is in JSONL and Parquet.")
     tokenizer: Path | None = Field(None, description="A tokenizer.json; none: bytes are tokens.")
     end_token: str | None = Field(None, description="The tokenizer's end-of-document token.")
-    max_length: int = Field(8192, ge=1, description="Most tokens of a sequence, over all its ranks.")
+    max_length: int = Field(
+        8192, ge=1, description="Most tokens of a sequence, over all its ranks."
+    )
     long_documents: Literal["split", "drop", "error"] = Field(
         "split", description="What is done with documents longer than max_length."
     )
