@@ -41,6 +41,7 @@ def attend(
     group = axis_group(mesh)
     order = Order.of(order)
     _check_shapes(q, k, v)
+    documents: tuple[int, ...]
     if cu_seqlens is None:
         documents = (0, global_length(q.shape[2], group, order))
     else:

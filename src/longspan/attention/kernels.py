@@ -61,7 +61,8 @@ def _repeat(kv: Tensor, heads: int) -> Tensor:
 
 def _fold(grad: Tensor, heads: int) -> Tensor:
     """The gradient of repeated heads, summed onto the heads that were repeated."""
-    return grad.unflatten(1, (heads, -1)).sum(2)
+    folded: Tensor = grad.unflatten(1, (heads, -1)).sum(2)
+    return folded
 
 
 class Reference:

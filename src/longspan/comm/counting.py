@@ -3,7 +3,6 @@
 from collections import Counter
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,7 +35,7 @@ class CountBytes(TorchDispatchMode):
             if name == "send":
                 self.sent[name] += _bytes(args[0])
             elif name == "alltoall_base":
-                self.sent[name] += _sent_to_others(*args[1:3], args[4])
+                self.sent[name] += _sent_to_others(args[1], args[2], args[4])
             elif not name.startswith("recv"):
                 self.given[name] += _bytes(args)
         return func(*args, **(kwargs or {}))
@@ -49,8 +48,8 @@ def _bytes(value: Any) -> int:
 
 
 def _sent_to_others(tensor: Tensor, group: Any, splits: list[int]) -> int:
-    group = dist.ProcessGroup.unbox(group)
-    rows = splits or [tensor.shape[0] // group.size()] * group.size()
-    kept = rows[group.rank()]
+    ranks = dist.ProcessGroup.unbox(group)
+    rows = splits or [tensor.shape[0] // ranks.size()] * ranks.size()
+    kept = rows[ranks.rank()]
     share = tensor[:1].nbytes if tensor.shape[0] else 0
-    return (sum(rows) - kept) * share
+    return int(sum(rows) - kept) * share

@@ -49,6 +49,6 @@ def make_mesh(world: int, sp: int, device_type: str) -> DeviceMesh:
 def axis_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The process group of a mesh of one axis; LayoutError for a mesh of several."""
     if mesh.ndim != 1:
-        axes = mesh.mesh_dim_names or tuple(range(mesh.ndim))
+        axes = ", ".join(mesh.mesh_dim_names or map(str, range(mesh.ndim)))
         raise LayoutError(f"a mesh of one axis is needed, this one has {axes}: pass mesh['sp']")
     return mesh.get_group()

@@ -43,12 +43,13 @@ def start(
     ops: list[dist.P2POp] = []
     for transfer in transfers:
         if transfer.sender == group.rank():
-            op, tensor, peer = dist.isend, outgoing, transfer.receiver
+            assert outgoing is not None
+            op = dist.P2POp(dist.isend, outgoing, group=group, group_peer=transfer.receiver)
         else:
-            op, tensor, peer = dist.irecv, buffer(transfer.source), transfer.sender
-            moving.received[transfer.source] = tensor
+            tensor = moving.received[transfer.source] = buffer(transfer.source)
+            op = dist.P2POp(dist.irecv, tensor, group=group, group_peer=transfer.sender)
         if transfer.bytes:
-            ops.append(dist.P2POp(op, tensor, group=group, group_peer=peer))
+            ops.append(op)
     if ops:
         moving.works = dist.batch_isend_irecv(ops)
     return moving

@@ -45,15 +45,18 @@ def redistribute(
     (axis,) = mesh.mesh_dim_names or ("",)
     before = src.placements.get(axis, Replicate())
     after = dst.placements.get(axis, Replicate())
+    out: Tensor
     partial = isinstance(grad, Partial)
     if not (grad is None or partial or isinstance(grad, Replicate)):
         raise LayoutError(f"grad must be Replicate() or Partial(), not {grad}")
     if isinstance(before, Replicate) and isinstance(after, Shard):
         _expect(x, after.dim, length)
-        return _Split.apply(x, after.dim, length, dst.order, group, partial)
+        out = _Split.apply(x, after.dim, length, dst.order, group, partial)
+        return out
     if isinstance(before, Shard) and isinstance(after, Replicate):
         _expect(x, before.dim, local_length(length, group.rank(), group.size(), src.order))
-        return _Gather.apply(x, before.dim, length, src.order, group, partial)
+        out = _Gather.apply(x, before.dim, length, src.order, group, partial)
+        return out
     if before == after and src.order == dst.order:
         return x
     raise LayoutError(f"no way from {before} ({src.order}) to {after} ({dst.order}): split, gather")

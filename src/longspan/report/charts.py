@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from longspan.report.batch import Batch
-from longspan.report.svg import element, log_ticks, place, rect, text, ticks
+from longspan.report.svg import element, log_ticks, rect, text, ticks
 from longspan.report.words import clean, count, figure, percent, short
 
 __all__ = ["MOST_RANKS", "Bars", "Curve", "bar_chart", "line_chart", "shard_strip", "strip_height"]

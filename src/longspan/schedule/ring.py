@@ -9,6 +9,7 @@ Source: ring attention (arXiv 2310.01889), in the form that BurstAttention (arXi
 section 3) starts from.
 """
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ class Ring:
             raise LayoutError(
                 f"cu_seqlens must start at 0 and end at the sequence's {self.length} tokens"
             )
-        if any(end < start for start, end in zip(ends, ends[1:], strict=False)):
+        if any(end < start for start, end in itertools.pairwise(ends)):
             raise LayoutError("cu_seqlens must not descend")
 
 

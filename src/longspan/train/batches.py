@@ -1,10 +1,11 @@
 """What a data-parallel rank trains on in each step: packed sequences of whole documents."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from longspan.data.packing import Packer, PackedSequence, materialise, split_documents
+from longspan.data.packing import PackedSequence, Packer, materialise, split_documents
 from longspan.data.store import Store, prepare
 from longspan.data.tokens import Tokenizer, load_tokenizer
 from longspan.errors import ConfigError
@@ -72,4 +73,4 @@ class Batches:
     def documents(self, sequence: PackedSequence) -> Iterator[tuple[int, int]]:
         """(start, stop) of each document in a packed sequence."""
         ends = [int(end) for end in sequence.cu_seqlens]
-        return zip(ends, ends[1:], strict=False)
+        return itertools.pairwise(ends)

@@ -11,25 +11,32 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from longspan.errors import CheckpointError
 
 __all__ = ["Progress", "damage", "load_newest", "save"]
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+_State = dict[str, Any]
 _MANIFEST = "manifest.json"
 
 
@@ -64,7 +71,7 @@ def save(
     failure = ""
     try:
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        dcp.save(_tensors(model, optimizer), storage_writer=writer)
+        save_tensors(_tensors(model, *_states(model, optimizer)), storage_writer=writer)
         if leader:
             _write(aside / "state.json", asdict(progress))
             _seal(aside)
@@ -72,8 +79,10 @@ def save(
             _fsync(folder)
             for old in _newest_first(folder)[keep:]:
                 shutil.rmtree(old)
-    except (OSError, dcp.CheckpointException) as error:
-        failure = f"{type(error).__name__}: {error}"
+    except OSError as error:
+        failure = str(error)
+    except CheckpointException as error:
+        failure = "; ".join(str(cause) for cause, _ in error.failures.values())
     if _agree(bool(failure)):
         raise CheckpointError(f"couldn't write {target}: {failure or 'another rank failed'}")
     return target
@@ -90,17 +99,17 @@ def load_newest(
     """
     refused: list[str] = []
     found: Path | None = None
-    step = torch.tensor(-1)
+    step = -1
     if dist.get_rank() == 0:
         candidates = _newest_first(folder)
         for candidate in candidates:
             if not (wrong := damage(candidate)):
-                found, step = candidate, torch.tensor(_step(candidate))
+                found, step = candidate, _step(candidate)
                 break
             refused.append(f"{candidate}: {wrong}")
             candidate.rename(candidate.with_name(candidate.name + ".damaged"))
         if candidates and not found:
-            step = torch.tensor(-2)
+            step = -2
     step = _from_leader(step)
     if step == -2:
         raise CheckpointError(f"no checkpoint in {folder} is sound: {'; '.join(refused)}")
@@ -128,12 +137,17 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[_State, _State]:
+    """Weights and optimizer state by name; the tensors are the live ones."""
     weights, moments = get_state_dict(model, optimizer, options=_FLAT)
-    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
-    tensors |= {
-        f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)
-    }
+    return dict(weights), dict(moments)
+
+
+def _tensors(model: nn.Module, weights: _State, moments: _State) -> dict[str, Tensor]:
+    """All that is stored as tensors; tied weights once."""
+    once = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items() if name in once}
+    tensors |= {f"optimizer.{n}": value for n, value in moments.items() if torch.is_tensor(value)}
     tensors[f"rng.cpu.{dist.get_rank()}"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors[f"rng.cuda.{dist.get_rank()}"] = torch.cuda.get_rng_state()
@@ -141,17 +155,17 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    weights, moments = _states(model, optimizer)
+    tensors = _tensors(model, weights, moments)
     reader = HuggingFaceStorageReader(str(path))
-    tensors = _tensors(model, optimizer)
     stored = reader.read_metadata().state_dict_metadata
     # A rank that wasn't there when the checkpoint was written has no generator state in it.
     tensors = {name: t for name, t in tensors.items() if name in stored or "rng." not in name}
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
-    _, moments = get_state_dict(model, optimizer, options=_FLAT)
+    load(tensors, storage_reader=reader)
     set_state_dict(
         model,
         optimizer,
-        model_state_dict=_under(tensors, "model."),
+        model_state_dict=weights | _under(tensors, "model."),
         optim_state_dict=moments | _under(tensors, "optimizer."),
         options=_FLAT,
     )
@@ -217,7 +231,7 @@ def _agree(failed: bool) -> bool:
     return bool(flag.item())
 
 
-def _from_leader(value: Tensor) -> int:
-    value = value.to(_device())
-    dist.broadcast(value, 0)
-    return int(value.item())
+def _from_leader(value: int) -> int:
+    shared = torch.tensor(value, device=_device())
+    dist.broadcast(shared, 0)
+    return int(shared.item())

@@ -74,11 +74,11 @@ def _config(runs: Path, steps: int) -> Config:
         model=Model(
             type="llama",
             config={
-                "hidden_size": 128,
-                "intermediate_size": 384,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 4,
+                "hidden_size": 96,
+                "intermediate_size": 256,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 3,
                 "tie_word_embeddings": True,
             },
         ),

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def launch(config_path: Path, overrides: Sequence[str], nproc: int) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,

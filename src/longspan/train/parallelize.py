@@ -21,6 +21,7 @@ def model_config(config: Config, vocab_size: int) -> PreTrainedConfig:
     Raises ConfigError if it can't be made.
     """
     model = config.model
+    made: PreTrainedConfig
     try:
         if model.path:
             made = AutoConfig.from_pretrained(model.path, local_files_only=True, **model.config)
@@ -44,15 +45,19 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str) -> 
     """The whole model, in float32; new weights depend on the seed alone."""
     made = model_config(config, vocab_size)
     torch.manual_seed(config.train.seed)
-    if config.model.path:
-        return AutoModelForCausalLM.from_pretrained(
-            config.model.path, config=made, dtype=torch.float32, local_files_only=True
-        ).to(device)
+    model: PreTrainedModel
     try:
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-    except ValueError as error:
+        if config.model.path:
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model.path, config=made, dtype=torch.float32, local_files_only=True
+            )
+            model = model.to(device=device)  # type: ignore[call-arg]
+        else:
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"model: {' '.join(str(error).split())}") from None
+    return model
 
 
 def parallelize(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> PreTrainedModel:

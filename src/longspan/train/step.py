@@ -15,7 +15,7 @@ from longspan.data.packing import PackedSequence
 from longspan.layout import Order, positions
 from longspan.train.batches import StepBatch
 
-__all__ = ["StepRunner", "summed"]
+__all__ = ["StepRunner", "evaluating", "summed"]
 
 
 class StepRunner:
