@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from longspan.report.batch import Batch
-from longspan.report.svg import element, log_ticks, place, rect, text, ticks
+from longspan.report.svg import element, log_ticks, rect, text, ticks
 from longspan.report.words import clean, count, figure, percent, short
 
 __all__ = ["MOST_RANKS", "Bars", "Curve", "bar_chart", "line_chart", "shard_strip", "strip_height"]
@@ -127,7 +127,7 @@ def line_chart(
     low, high = _range([y for c in shown for _, y in c.points if math.isfinite(y)], from_zero, log)
     y_ticks = log_ticks(low, high) if log else ticks(low, high, max(2, int(height // 45)))
     left = 12 + _CHAR * max((len(_tick(value)) for value in y_ticks), default=1)
-    top, bottom, right = 26.0, height - (38 if x_label else 22), width - 10
+    top, bottom, right = 26.0, height - (38 if x_label else 22), width - 16
     steps = [x for c in shown for x, _ in c.points]
     first, last = min(steps), max(steps)
     if first == last:
@@ -137,7 +137,7 @@ def line_chart(
     for value in y_ticks:
         parts.append(_line(left, y(value), right, y(value), "grid"))
         parts.append(text(left - 7, y(value) + 4, _tick(value), anchor="end"))
-    for value in ticks(first, last, max(2, int(width // 110))):
+    for value in ticks(first, last, max(2, int(width // 70))):
         if value == round(value):
             parts.append(_line(x(value), bottom, x(value), bottom + 4, "axis"))
             parts.append(text(x(value), bottom + 17, short(value), anchor="middle"))
@@ -226,7 +226,7 @@ def shard_strip(batch: Batch, width: float, row: float = 24, *, wide: bool = Tru
     """
     work = [batch.work(rank) for rank in range(batch.world)]
     ranks = min(batch.world, MOST_RANKS)
-    left, right = 10 + _CHAR * len("documents"), width - (_CHAR * 29 if wide else 46)
+    left, right = 20 + _CHAR * len("documents"), width - (_CHAR * 29 if wide else 46)
     scale = (right - left) / batch.length
     parts = [
         text(left - 8, row / 2 + 4, "documents", anchor="end"),
@@ -279,8 +279,9 @@ def _bands(
     for start, stop in spans:
         for a, b, parity in batch.bands(start, stop):
             if b - a >= hair:
-                d = f"M{left + a * scale:.2f} {y + (row - tall) / 2:.2f}h{(b - a) * scale:.2f}v{tall:.2f}"
-                paths[parity].append(f"{d}h{-(b - a) * scale:.2f}z")
+                wide = (b - a) * scale
+                corner = f"M{left + a * scale:.2f} {y + (row - tall) / 2:.2f}"
+                paths[parity].append(f"{corner}h{wide:.2f}v{tall:.2f}h{-wide:.2f}z")
     return "".join(
         element("path", d="".join(d), class_=kind)
         for d, kind in zip(paths, kinds, strict=True)

@@ -1,5 +1,7 @@
 """Picture: a run at a glance, as one SVG that stands alone."""
 
+from textwrap import wrap
+
 from longspan.report import svg
 from longspan.report.charts import MOST_RANKS, Bars, Curve, bar_chart, line_chart, shard_strip
 from longspan.report.summary import Summary
@@ -59,9 +61,13 @@ def picture(run: Summary) -> str:
         parts.append(svg.place(left, top, drawn) if drawn else "")
     line = run.verdict[0]
     hue = line.state if line.state != "unknown" else "muted"
-    parts.append(svg.rect(28, 368, _WIDTH - 56, 32, "track", r=6))
-    parts.append(svg.rect(28, 368, 5, 32, hue, r=2))
-    parts.append(svg.text(46, 388.5, _cut(line.words, 140), "strong"))
+    words = wrap(line.words, 120, max_lines=2, placeholder=" …")
+    parts.append(svg.rect(28, 358, _WIDTH - 56, 44, "track", r=6))
+    parts.append(svg.rect(28, 358, 5, 44, hue, r=2))
+    for i, told in enumerate(words):
+        parts.append(
+            svg.text(46, 384 + 18 * (i - (len(words) - 1) / 2), told, "" if i else "strong")
+        )
     description = " ".join(verdict.words for verdict in run.verdict)
     return svg.svg(
         _WIDTH, _HEIGHT, f"longspan · {run.name}", description, *parts, colours=svg.LIGHT

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +20,7 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     """The values as blocks of eight heights, at most ``width`` of them; gaps aren't finite."""
     if len(values) > width:
         bounds = [i * len(values) // width for i in range(width + 1)]
-        buckets = [values[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        buckets = [values[a:b] for a, b in pairwise(bounds)]
         values = [sum(bucket) / len(bucket) for bucket in buckets]
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
