@@ -1,7 +1,5 @@
 """Picture: a run at a glance, as one SVG that stands alone."""
 
-from textwrap import wrap
-
 from longspan.report import svg
 from longspan.report.charts import MOST_RANKS, Bars, Curve, bar_chart, line_chart, shard_strip
 from longspan.report.summary import Summary
@@ -61,7 +59,7 @@ def picture(run: Summary) -> str:
         parts.append(svg.place(left, top, drawn) if drawn else "")
     line = run.verdict[0]
     hue = line.state if line.state != "unknown" else "muted"
-    words = wrap(line.words, 120, max_lines=2, placeholder=" …")
+    words = [_cut(sentence, 120) for sentence in line.words.replace(". ", ".\n").split("\n")]
     parts.append(svg.rect(28, 358, _WIDTH - 56, 44, "track", r=6))
     parts.append(svg.rect(28, 358, 5, 44, hue, r=2))
     for i, told in enumerate(words):
