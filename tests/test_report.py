@@ -245,6 +245,13 @@ def test_batch_is_dealt_as_layout_deals_it(lengths: list[int], world: int, order
     assert ElementTree.fromstring(svg.svg(400, 200, "t", "d", shard_strip(batch, 400))) is not None
 
 
+def test_documents_finer_than_a_hair_still_show_as_held() -> None:
+    batch = Batch(tuple(range(0, 200_001, 2)), 2, "contiguous")
+    root = ElementTree.fromstring(svg.svg(400, 200, "t", "d", shard_strip(batch, 400)))
+    kinds = [path.get("class") for path in root.iter(f"{SVG}path")]
+    assert kinds == ["band1", "rank0 pale", "rank1 pale"]
+
+
 @pytest.mark.parametrize(
     "values",
     [((0, 5), 2, "spiral"), ((0, 5), 0, "zigzag"), ((1, 5), 2, "zigzag"), ((0, 0), 1, "striped")],
