@@ -8,7 +8,7 @@ from longspan.report.batch import Batch
 from longspan.report.svg import element, log_ticks, rect, text, ticks
 from longspan.report.words import clean, count, figure, percent, short
 
-__all__ = ["MOST_RANKS", "Bars", "Curve", "bar_chart", "line_chart", "shard_strip", "strip_height"]
+__all__ = ["Bars", "Curve", "bar_chart", "line_chart", "shard_strip", "strip_height"]
 
 Points = Sequence[tuple[float, float]]
 _CHAR = 7.0  # a digit at 12 px is a little narrower than this in any usual font
@@ -127,7 +127,7 @@ def line_chart(
     low, high = _range([y for c in shown for _, y in c.points if math.isfinite(y)], from_zero, log)
     y_ticks = log_ticks(low, high) if log else ticks(low, high, max(2, int(height // 45)))
     left = 12 + _CHAR * max((len(_tick(value)) for value in y_ticks), default=1)
-    top, bottom, right = 26.0, height - (38 if x_label else 22), width - 10
+    top, bottom, right = 26.0, height - (38 if x_label else 22), width - 16
     steps = [x for c in shown for x, _ in c.points]
     first, last = min(steps), max(steps)
     if first == last:
@@ -137,7 +137,7 @@ def line_chart(
     for value in y_ticks:
         parts.append(_line(left, y(value), right, y(value), "grid"))
         parts.append(text(left - 7, y(value) + 4, _tick(value), anchor="end"))
-    for value in ticks(first, last, max(2, int(width // 110))):
+    for value in ticks(first, last, max(2, int(width // 70))):
         if value == round(value):
             parts.append(_line(x(value), bottom, x(value), bottom + 4, "axis"))
             parts.append(text(x(value), bottom + 17, short(value), anchor="middle"))
@@ -211,22 +211,25 @@ def bar_chart(
     return "".join(parts)
 
 
-MOST_RANKS = 16
+_MOST_RANKS = 16
 
 
 def strip_height(batch: Batch, row: float = 24) -> float:
     """How tall the strip of a batch is."""
-    return (min(batch.world, MOST_RANKS) + 1) * (row + 6) + 30 + 20 * (batch.world > MOST_RANKS)
+    return (min(batch.world, _MOST_RANKS) + 1) * (row + 6) + 30 + 20 * (batch.world > _MOST_RANKS)
 
 
-def shard_strip(batch: Batch, width: float, row: float = 24, *, wide: bool = True) -> str:
+def shard_strip(
+    batch: Batch, width: float, row: float = 24, *, wide: bool = True, most: int = _MOST_RANKS
+) -> str:
     """The packed documents as alternating bands and, below, the tokens of them each rank holds.
 
-    ``wide`` tells each rank's tokens beside its share of the causal attention work.
+    ``wide`` tells each rank's tokens beside its share of the causal attention work; at most
+    ``most`` ranks are drawn.
     """
     work = [batch.work(rank) for rank in range(batch.world)]
-    ranks = min(batch.world, MOST_RANKS)
-    left, right = 10 + _CHAR * len("documents"), width - (_CHAR * 29 if wide else 46)
+    ranks = min(batch.world, most)
+    left, right = 20 + _CHAR * len("documents"), width - (_CHAR * 29 if wide else 46)
     scale = (right - left) / batch.length
     parts = [
         text(left - 8, row / 2 + 4, "documents", anchor="end"),
@@ -265,24 +268,31 @@ def _bands(
     scale: float,
     kinds: tuple[str, str],
 ) -> str:
-    """The tokens of ``piece`` as bands, in one path for each of the two kinds."""
-    paths: tuple[list[str], list[str]] = ([], [])
+    """The tokens of ``piece`` as one area in the second kind, every other document in the first.
+
+    So documents narrower than a hair, which are left out, still show as tokens that are held.
+    """
     if piece.step == 1 or piece.step * scale < 4:
         # Stripes finer than the eye can part fill a share of the row's height instead.
-        tall = row / piece.step
+        tall = max(row / piece.step, 4.0)
         spans = [(piece.start, piece.stop)]
     else:
         tall = row
         spans = [(position, position + 1) for position in piece]
-    # What is narrower than a hair would only fatten the file.
+
+    def path(pieces: list[tuple[int, int]], kind: str) -> str:
+        d = ""
+        for start, stop in pieces:
+            across = (stop - start) * scale
+            d += f"M{left + start * scale:.2f} {y + (row - tall) / 2:.2f}"
+            d += f"h{across:.2f}v{tall:.2f}h{-across:.2f}z"
+        return element("path", d=d, class_=kind) if d else ""
+
     hair = 0.25 / scale
-    for start, stop in spans:
-        for a, b, parity in batch.bands(start, stop):
-            if b - a >= hair:
-                d = f"M{left + a * scale:.2f} {y + (row - tall) / 2:.2f}h{(b - a) * scale:.2f}v{tall:.2f}"
-                paths[parity].append(f"{d}h{-(b - a) * scale:.2f}z")
-    return "".join(
-        element("path", d="".join(d), class_=kind)
-        for d, kind in zip(paths, kinds, strict=True)
-        if d
-    )
+    first = [
+        (a, b)
+        for start, stop in spans
+        for a, b, parity in batch.bands(start, stop)
+        if parity == 0 and b - a >= hair
+    ]
+    return path(spans, kinds[1]) + path(first, kinds[0])

@@ -114,13 +114,14 @@ def _charts(run: Summary) -> dict[str, Markup | None]:
             "Share of the documents, and of all tokens, by length of the document.",
             bar_chart(labels, bars, _WIDTH, 220, x_label="tokens in the document, up to"),
         ),
-        "batch": batch
-        and _chart(
+        "batch": _chart(
             strip_height(batch),
             "Who holds which tokens",
             f"A packed sequence of {count(batch.documents)} documents in {batch.order} order.",
             shard_strip(batch, _WIDTH),
-        ),
+        )
+        if batch
+        else None,
     }
 
 

@@ -1,13 +1,14 @@
 """Picture: a run at a glance, as one SVG that stands alone."""
 
 from longspan.report import svg
-from longspan.report.charts import MOST_RANKS, Bars, Curve, bar_chart, line_chart, shard_strip
+from longspan.report.charts import Bars, Curve, bar_chart, line_chart, shard_strip
 from longspan.report.summary import Summary
 from longspan.report.words import count, short
 
 __all__ = ["histogram", "loss_curves", "picture"]
 
 _WIDTH, _HEIGHT = 960, 420
+_MOST_RANKS = 8
 
 
 def histogram(run: Summary) -> tuple[list[str], list[Bars]]:
@@ -59,9 +60,13 @@ def picture(run: Summary) -> str:
         parts.append(svg.place(left, top, drawn) if drawn else "")
     line = run.verdict[0]
     hue = line.state if line.state != "unknown" else "muted"
-    parts.append(svg.rect(28, 368, _WIDTH - 56, 32, "track", r=6))
-    parts.append(svg.rect(28, 368, 5, 32, hue, r=2))
-    parts.append(svg.text(46, 388.5, _cut(line.words, 140), "strong"))
+    words = [_cut(sentence, 120) for sentence in line.words.replace(". ", ".\n").split("\n")]
+    parts.append(svg.rect(28, 358, _WIDTH - 56, 44, "track", r=6))
+    parts.append(svg.rect(28, 358, 5, 44, hue, r=2))
+    for i, told in enumerate(words):
+        parts.append(
+            svg.text(46, 384 + 18 * (i - (len(words) - 1) / 2), told, "" if i else "strong")
+        )
     description = " ".join(verdict.words for verdict in run.verdict)
     return svg.svg(
         _WIDTH, _HEIGHT, f"longspan · {run.name}", description, *parts, colours=svg.LIGHT
@@ -111,8 +116,9 @@ def _strip(run: Summary, width: float, tall: float) -> str:
     """The strip of the batch, its rows as high as ``tall`` lets them be."""
     if not run.batch:
         return ""
-    row = min(34.0, (tall - 30) / (min(run.batch.world, MOST_RANKS) + 1) - 6)
-    return shard_strip(run.batch, width, row, wide=False)
+    ranks = min(run.batch.world, _MOST_RANKS)
+    row = min(34.0, (tall - 14 - 20 * (run.batch.world > ranks)) / (ranks + 1) - 6)
+    return shard_strip(run.batch, width, row, wide=False, most=_MOST_RANKS)
 
 
 def _loss(run: Summary, width: float, tall: float) -> str:

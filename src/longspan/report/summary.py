@@ -185,7 +185,13 @@ def _batch(about: About) -> Batch | None:
 
 def _exact(run: Summary) -> Verdict:
     leaks, probes = _number(run.leak_probe, "leaks"), _number(run.leak_probe, "probes")
-    ranks = f"{run.world} ranks" if run.world and run.world > 1 else "one rank"
+    ranks = (
+        f"{run.world} ranks"
+        if run.world and run.world > 1
+        else "one rank"
+        if run.world
+        else "its ranks"
+    )
     if leaks:
         return Verdict("bad", f"Leaks: {count(leaks)} outputs changed that must not.")
     told = (

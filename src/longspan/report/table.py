@@ -1,8 +1,8 @@
 """Table: the summary of a run for the terminal."""
 
-import itertools
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +20,7 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     """The values as blocks of eight heights, at most ``width`` of them; gaps aren't finite."""
     if len(values) > width:
         bounds = [i * len(values) // width for i in range(width + 1)]
-        buckets = [values[a:b] for a, b in itertools.pairwise(bounds)]
+        buckets = [values[a:b] for a, b in pairwise(bounds)]
         values = [sum(bucket) / len(bucket) for bucket in buckets]
     finite = [value for value in values if math.isfinite(value)]
     if not finite:

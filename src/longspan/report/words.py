@@ -1,4 +1,4 @@
-"""Words: figures and foreign text, written so that a person, a page and a terminal can bear them."""
+"""Words: figures and foreign text, written so that people, pages and terminals can bear them."""
 
 import math
 import re
@@ -33,7 +33,7 @@ def count(value: float | None) -> str:
 
 def figure(value: float | None, digits: int = 4) -> str:
     """A number to so many significant digits; powers of ten where it is very small or large."""
-    return _odd(value) or f"{value:.{digits}g}"
+    return _odd(value) or re.sub(r"e([+-])0*", r"e\1", f"{value:.{digits}g}").replace("e+", "e")
 
 
 def percent(share: float | None) -> str:
