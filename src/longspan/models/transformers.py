@@ -27,7 +27,15 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 _NAME = "longspan"
 # Arguments of attention functions that change nothing here.
-_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "return_dict"}
+_HARMLESS = {
+    "cache_position",
+    "num_items_in_batch",
+    "output_attentions",
+    "position_ids",
+    "return_dict",
+    "shift_labels",
+    "use_cache",
+}
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
@@ -175,8 +183,8 @@ def _attention(
     if dropout:
         raise ModelError(f"{_name(module)} has attention dropout {dropout}: set it to 0.0")
     for name, value_given in others.items():
-        if name not in _HARMLESS and value_given not in (None, False):
-            raise ModelError(f"{_name(module)} asks for {name}={value_given}, which isn't exact")
+        if name not in _HARMLESS and value_given is not None and value_given is not False:
+            raise ModelError(f"{_name(module)} asks for {name}, which can't be honoured exactly")
     longspan.calls += 1
     out = attend(
         query,

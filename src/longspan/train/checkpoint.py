@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -64,14 +65,14 @@ def save(
     if target.exists():
         return target
     leader = dist.get_rank() == 0
-    if leader:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    failure = ""
-    try:
+    with _together(f"couldn't write {target}"):
+        if leader:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    with _together(f"couldn't write {target}"):
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
         save_tensors(_tensors(model, *_states(model, optimizer)), storage_writer=writer)
+    with _together(f"couldn't write {target}"):
         if leader:
             _write(aside / "state.json", asdict(progress))
             _seal(aside)
@@ -79,12 +80,6 @@ def save(
             _fsync(folder)
             for old in _newest_first(folder)[keep:]:
                 shutil.rmtree(old)
-    except OSError as error:
-        failure = str(error)
-    except CheckpointException as error:
-        failure = "; ".join(str(cause) for cause, _ in error.failures.values())
-    if _agree(bool(failure)):
-        raise CheckpointError(f"couldn't write {target}: {failure or 'another rank failed'}")
     return target
 
 
@@ -224,11 +219,20 @@ def _device() -> str:
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
-def _agree(failed: bool) -> bool:
-    """Whether it failed on any rank."""
-    flag = torch.tensor(int(failed), device=_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+@contextmanager
+def _together(what: str) -> Iterator[None]:
+    """Raise CheckpointError on every rank if the work inside fails on any."""
+    failure = ""
+    try:
+        yield
+    except OSError as error:
+        failure = str(error)
+    except CheckpointException as error:
+        failure = "; ".join(str(cause) for cause, _ in error.failures.values())
+    failed = torch.tensor(int(bool(failure)), device=_device())
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if failed.item():
+        raise CheckpointError(f"{what}: {failure or 'another rank failed'}")
 
 
 def _from_leader(value: int) -> int:
