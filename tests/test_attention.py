@@ -255,7 +255,9 @@ def test_merge_joins_disjoint_keys() -> None:
     merge_(out, lse, torch.zeros_like(whole), torch.full_like(whole_lse, -torch.inf))
     assert not out.any() and (lse == -torch.inf).all()
     for part in (slice(0, 2), slice(2, 3), slice(3, 9)):
-        merge_(out, lse, *Reference().forward(q, k[:, :, part], v[:, :, part], causal=False, scale=1.0))
+        merge_(
+            out, lse, *Reference().forward(q, k[:, :, part], v[:, :, part], causal=False, scale=1.0)
+        )
     assert torch.allclose(out, whole, atol=1e-14) and torch.allclose(lse, whole_lse, atol=1e-14)
 
 

@@ -67,7 +67,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.path is missing|data is missing"):
         load_config(write(tmp_path / "a.yaml", {"model": {}, "train": {"steps": 1}}))
     path = write(tmp_path / "a.yaml", MINIMAL)
-    with pytest.raises(ConfigError, match="write it as section.key=value"):
+    with pytest.raises(ConfigError, match="write it as section"):
         load_config(path, ("train.steps",))
     with pytest.raises(ConfigError, match="is a value, not a section"):
         load_config(path, ("train.steps.more=1",))

@@ -1,6 +1,7 @@
 """Patched transformers models against the same models in one process; the leak probe."""
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def by_documents(model: PreTrainedModel) -> torch.Tensor:
     """The loss of one process: each document alone, with stock attention."""
     tokens, targets = batch()
-    spans = [(a, b) for a, b in zip(DOCUMENTS, DOCUMENTS[1:], strict=False) if a < b]
+    spans = [(a, b) for a, b in pairwise(DOCUMENTS) if a < b]
     return sum(
         F.cross_entropy(model(input_ids=tokens[None, a:b]).logits[0], targets[a:b], reduction="sum")
         for a, b in spans

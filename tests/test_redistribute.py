@@ -20,10 +20,9 @@ def split_and_gather(mesh: DeviceMesh, shape: tuple[int, ...], dim: int, order: 
     """Asserts on this rank; the weights differ by rank where the gradient is a partial sum."""
     rank, world, length = mesh.get_local_rank(), mesh.size(), shape[dim]
     sharded = Layout({"sp": Shard(dim)}, order)
-    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    x, *weights = torch.randn(1 + world, *shape, dtype=torch.float64, generator=generator)
     own = positions(length, rank, world, order)
-    weights = [torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2 + r))
-               for r in range(world)]  # fmt: skip
 
     # Split: each rank's share of the gradient, together or spread out as parts of a sum.
     for grad, expected in (

@@ -76,7 +76,7 @@ def train(
     from longspan.train.launch import default_nproc, launch
 
     processes = nproc or default_nproc()
-    inspect(settings, processes)
+    inspect(settings, processes, processes)
     code = launch(config, change or (), processes)
     if code == 0:
         print(f"report: {write_report(settings.run)}")

@@ -1,8 +1,8 @@
 """What a data-parallel rank trains on in each step: packed sequences of whole documents."""
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from longspan.data.packing import PackedSequence, Packer, materialise, split_documents
@@ -42,6 +42,11 @@ class Batches:
         self.validation_documents = len(validation)
         self._config = config
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that a sequence can have."""
+        return min(self.training.max_length, self.training.tokens)
+
     def check(self, dp: int) -> None:
         """Raise ConfigError unless an epoch has a sequence for each data-parallel rank."""
         sequences = self.training.epoch_packs(0)
@@ -54,6 +59,12 @@ class Batches:
     def step(self, cursor: int, dp_rank: int, dp: int) -> StepBatch:
         """The sequences from ``cursor`` on, dealt to the data-parallel ranks in turn."""
         return self._take(self.training, cursor, self._config.train.accumulate, dp_rank, dp)
+
+    def most_mixed(self, dp: int, steps: int = 16) -> int:
+        """Where, among the first steps, the one with the most documents starts."""
+        each = self._config.train.accumulate * dp
+        cursors = range(0, steps * each, each)
+        return max(cursors, key=lambda c: sum(len(self.training.pack(c + n)) for n in range(each)))
 
     def validate(self, dp_rank: int, dp: int) -> StepBatch:
         """The same validation sequences at every call."""
@@ -73,4 +84,4 @@ class Batches:
     def documents(self, sequence: PackedSequence) -> Iterator[tuple[int, int]]:
         """(start, stop) of each document in a packed sequence."""
         ends = [int(end) for end in sequence.cu_seqlens]
-        return itertools.pairwise(ends)
+        return pairwise(ends)

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from longspan.comm.agree import first_words
 from longspan.errors import CheckpointError
 
 __all__ = ["Progress", "damage", "load_newest", "save"]
@@ -107,7 +108,8 @@ def load_newest(
             step = -2
     step = _from_leader(step)
     if step == -2:
-        raise CheckpointError(f"no checkpoint in {folder} is sound: {'; '.join(refused)}")
+        reasons = first_words("; ".join(refused))
+        raise CheckpointError(f"no checkpoint in {folder} is sound: {reasons}")
     if step == -1:
         return None, refused
     path = folder / f"step-{step:08d}"
@@ -215,10 +217,6 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _device() -> str:
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
-
-
 @contextmanager
 def _together(what: str) -> Iterator[None]:
     """Raise CheckpointError on every rank if the work inside fails on any."""
@@ -229,13 +227,11 @@ def _together(what: str) -> Iterator[None]:
         failure = str(error)
     except CheckpointException as error:
         failure = "; ".join(str(cause) for cause, _ in error.failures.values())
-    failed = torch.tensor(int(bool(failure)), device=_device())
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if failed.item():
-        raise CheckpointError(f"{what}: {failure or 'another rank failed'}")
+    if failure := first_words(failure):
+        raise CheckpointError(f"{what}: {failure}")
 
 
 def _from_leader(value: int) -> int:
-    shared = torch.tensor(value, device=_device())
+    shared = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.broadcast(shared, 0)
     return int(shared.item())

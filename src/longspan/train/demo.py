@@ -55,7 +55,7 @@ def run_demo(runs: Path, steps: int | None = None) -> int:
     console.rule("2  training, each sequence on four processes")
     path = runs / "demo.yaml"
     save_config(config, path)
-    inspect(config, _PROCESSES)
+    inspect(config, _PROCESSES, _PROCESSES)
     code = launch(path, (), _PROCESSES)
     if code:
         return code

@@ -39,11 +39,12 @@ class Exactness:
 
 
 def exactness(runner: StepRunner, batches: Batches, config: Config, dp: int) -> Exactness | None:
-    """Compare loss and every gradient of the first batch; returns figures on rank 0 only.
+    """Compare loss and every gradient of a batch of many documents; figures on rank 0 only.
 
     Raises ModelError on rank 0 if they differ by more than rounding.
     """
-    shares = [batches.step(0, rank, dp) for rank in range(dp)]
+    cursor = batches.most_mixed(dp)
+    shares = [batches.step(cursor, rank, dp) for rank in range(dp)]
     own = shares[dist.get_rank() // runner.sp.size()]
     with evaluating(runner.model):
         (loss,) = summed(runner.gradients(own))

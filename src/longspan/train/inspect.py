@@ -4,13 +4,16 @@ from longspan.errors import ConfigError
 from longspan.models.transformers import check_model
 from longspan.train.batches import Batches
 from longspan.train.config import Config, load_config, save_config, settled_differences
+from longspan.train.fit import check_memory, device_memory_bytes
 from longspan.train.parallelize import build_model
 
 __all__ = ["claim_run", "inspect"]
 
 
-def inspect(config: Config, world: int) -> None:
+def inspect(config: Config, world: int, local_world: int) -> None:
     """Check settings, documents, model and memory for ``world`` ranks; tokenise the documents.
+
+    ``local_world`` of the ranks share this machine's memory.
 
     Raises the LongspanError of the first thing that is wrong.
     """
@@ -21,7 +24,9 @@ def inspect(config: Config, world: int) -> None:
         )
     batches = Batches(config)
     batches.check(world // sp)
-    check_model(build_model(config, batches.tokenizer.vocab_size, "meta"))
+    model = build_model(config, batches.tokenizer.vocab_size, "meta")
+    check_model(model)
+    check_memory(config, model.config, batches.longest, world, device_memory_bytes(local_world))
     _check_kept(config)
 
 

@@ -5,7 +5,6 @@ from dataclasses import asdict
 
 import torch
 
-from longspan.train.batches import StepBatch
 from longspan.train.checkpoint import Progress, load_newest, save
 from longspan.train.figures import ring_figures
 from longspan.train.job import Job, prove
@@ -20,6 +19,7 @@ def train(job: Job, wish: StopWish) -> None:
     """Train from the newest checkpoint, or from the start, until done or told to stop."""
     steps, recorder = job.config.train.steps, job.recorder
     prove(job)
+    recorder.note("batch", _picture(job))
     progress = _resume(job)
     stopped = False
     while progress.step < steps and not stopped:
@@ -66,8 +66,6 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
         job.optimizer.step()
         job.optimizer.zero_grad()
     loss, told = summed(own_loss, torch.tensor(float(wish.heard), device=runner.device))
-    if progress.step == 0:
-        recorder.note("batch", _first_batch(job, batch))
     seconds = time.perf_counter() - start
     figures = {
         "loss": loss,
@@ -87,11 +85,12 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
     return Progress(progress.step + 1, batch.cursor), told > 0
 
 
-def _first_batch(job: Job, batch: StepBatch) -> dict[str, object]:
-    """Which documents are in the first sequence, to draw who holds what of it."""
+def _picture(job: Job) -> dict[str, object]:
+    """A sequence of many documents, to draw which rank holds what of it."""
+    sequences = job.batches.step(job.batches.most_mixed(job.dp), job.dp_rank, job.dp).sequences
+    most = max(sequences, key=lambda sequence: len(sequence.cu_seqlens))
     return {
-        "step": 1,
-        "cu_seqlens": batch.sequences[0].cu_seqlens.tolist(),
+        "cu_seqlens": most.cu_seqlens.tolist(),
         "world": job.runner.sp.size(),
         "order": job.runner.order,
     }

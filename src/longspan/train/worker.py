@@ -50,7 +50,7 @@ def run_worker(config: Config) -> int:
 def _run(config: Config) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with StopWish() as wish:
-        inspect(config, world)
+        inspect(config, world, int(os.environ["LOCAL_WORLD_SIZE"]))
         if rank == 0:
             claim_run(config)
         device = connect(config.train.timeout_s)

@@ -1,0 +1,61 @@
+"""Whether the longest sequence fits the devices that are there."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from longspan.cluster.memory import Transformer, longest, memory
+from longspan.errors import MemoryLimitError
+from longspan.train.config import Config
+
+__all__ = ["check_memory", "device_memory_bytes"]
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def device_memory_bytes(local_ranks: int) -> int:
+    """What one rank may use: its GPU's memory, or its share of what the machine has free."""
+    if torch.cuda.is_available():
+        return min(
+            torch.cuda.get_device_properties(i).total_memory
+            for i in range(torch.cuda.device_count())
+        )
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
+    for limit in map(Path, _CGROUP_LIMITS):
+        if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
+            available = min(available, int(text))
+    return available // local_ranks
+
+
+def check_memory(
+    config: Config, model: PreTrainedConfig, tokens: int, world: int, device_bytes: int
+) -> None:
+    """Raise MemoryLimitError if a sequence of ``tokens`` can't be trained on ``world`` ranks."""
+    sp = config.parallel.sp or world
+    sizes = _sizes(config, model)
+    needed = memory(sizes, -(-tokens // sp), shards=world).total
+    if needed <= device_bytes:
+        return
+    fits = longest(sizes, device_bytes, shards=world) * sp
+    mend = f"lower data.max_length to {fits}" if fits > 0 else "take a smaller model"
+    raise MemoryLimitError(
+        f"a sequence of {tokens} tokens needs about {needed / 2**30:.1f} GiB on each of its {sp} "
+        f"ranks, which have {device_bytes / 2**30:.1f} GiB: {mend}, or use more ranks"
+    )
+
+
+def _sizes(config: Config, model: PreTrainedConfig) -> Transformer:
+    heads = model.num_attention_heads
+    return Transformer(
+        layers=model.num_hidden_layers,
+        hidden=model.hidden_size,
+        heads=heads,
+        kv_heads=getattr(model, "num_key_value_heads", None) or heads,
+        head_dim=getattr(model, "head_dim", None) or model.hidden_size // heads,
+        ffn=getattr(model, "intermediate_size", None) or 4 * model.hidden_size,
+        vocab=model.vocab_size,
+        tied=bool(model.tie_word_embeddings),
+        dtype_bytes=getattr(torch, config.train.dtype).itemsize,
+    )
