@@ -3,10 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo picture test check bench clean
 
 demo: $(STAMP)
 	$(BIN)/longspan demo
+
+# The README's picture is the demo's.
+picture: demo
+	cp runs/demo/picture.svg docs/demo.svg
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

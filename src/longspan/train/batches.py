@@ -60,7 +60,7 @@ class Batches:
         """The sequences from ``cursor`` on, dealt to the data-parallel ranks in turn."""
         return self._take(self.training, cursor, self._config.train.accumulate, dp_rank, dp)
 
-    def most_mixed(self, dp: int, steps: int = 16) -> int:
+    def most_mixed(self, dp: int, steps: int = 256) -> int:
         """Where, among the first steps, the one with the most documents starts."""
         each = self._config.train.accumulate * dp
         cursors = range(0, steps * each, each)
