@@ -66,11 +66,11 @@ def train(
     ``torchrun … -m longspan train config.yaml``.
     """
     from longspan.train.config import load_config
-    from longspan.train.worker import run_worker, within_torchrun
+    from longspan.train.worker import leave, run_worker, within_torchrun
 
     settings = load_config(config, tuple(change or ()))
     if within_torchrun():
-        raise typer.Exit(run_worker(settings))
+        leave(run_worker(settings))
     from longspan.report.page import write_report
     from longspan.train.inspect import inspect
     from longspan.train.launch import default_nproc, launch

@@ -1,0 +1,126 @@
+"""Times ops on real ranks: the same ops that the cost model prices.
+
+A timing is the time from a common start until the last rank is done. Ranks start together after a
+barrier; ops that are timed together run at the same time.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.schedule.ops import Comm
+
+__all__ = ["Stopwatch"]
+
+
+class Stopwatch:
+    """Runs and times communications on the ranks of the default group.
+
+    All ranks must make the same calls in the same order.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def time(self, ops: Sequence[Comm], repeats: int = 5, inner: int = 1) -> list[float]:
+        """Seconds that ``ops``, at the same time, take until all are done; one a repeat.
+
+        Each repeat does them ``inner`` times over and counts the mean. A first, untimed round
+        opens connections. The ranks of a collective are in ascending order, and no rank takes part
+        in two of the ops.
+        """
+        for op in ops:
+            self._group(op.ranks)
+        own = next((op for op in ops if self.rank in op.ranks), None)
+        work = self._work(own) if own else _nothing
+        work()
+        return [self._once(work, inner) for _ in range(repeats)]
+
+    def compute(self, work: Callable[[], object], repeats: int = 5) -> list[float]:
+        """Seconds that ``work`` takes on this rank while all ranks do the same."""
+        work()
+        self._finish()
+        dist.barrier()
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            work()
+            self._finish()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def everyone(self, *values: float) -> list[list[float]]:
+        """Each rank's values, on every rank."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(rows, own)
+        return [row.tolist() for row in rows]
+
+    def _once(self, work: Callable[[], object], inner: int) -> float:
+        self._finish()
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(inner):
+            work()
+        self._finish()
+        return max(row[0] for row in self.everyone(time.perf_counter() - start)) / inner
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """The group of these ranks; made once, by all ranks together."""
+        members = tuple(sorted(ranks))
+        if members not in self._groups:
+            self._groups[members] = dist.new_group(list(members))
+        return self._groups[members]
+
+    def _empty(self, size: int) -> Tensor:
+        """So many bytes, as the numbers that training reduces where they are whole ones."""
+        dtype = torch.float32 if size % 4 == 0 else torch.uint8
+        return torch.zeros(size // dtype.itemsize, dtype=dtype, device=self.device)
+
+    def _work(self, op: Comm) -> Callable[[], object]:
+        """What this rank does for ``op``, its buffers made beforehand."""
+        group, world = self._group(op.ranks), len(op.ranks)
+        place = group.rank()
+        match op.kind:
+            case "send":
+                tensor = self._empty(op.sizes[0])
+                if self.rank == op.ranks[0]:
+                    return lambda: dist.send(tensor, op.ranks[1], group=group)
+                return lambda: dist.recv(tensor, op.ranks[0], group=group)
+            case "broadcast":
+                tensor = self._empty(op.sizes[0])
+                return lambda: dist.broadcast(tensor, op.ranks[0], group=group)
+            case "all_reduce":
+                tensor = self._empty(op.sizes[0])
+                return lambda: dist.all_reduce(tensor, group=group)
+            case "all_gather":
+                own = self._empty(op.sizes[place])
+                parts = [self._empty(size) for size in op.sizes]
+                return lambda: dist.all_gather(parts, own, group=group)
+            case "reduce_scatter":
+                kept = self._empty(op.sizes[place])
+                whole = [self._empty(size) for size in op.sizes]
+                return lambda: dist.reduce_scatter(kept, whole, group=group)
+            case "all_to_all":
+                sent = op.sizes[place * world : (place + 1) * world]
+                received = op.sizes[place::world]
+                source, target = (
+                    torch.zeros(sum(sizes), dtype=torch.uint8, device=self.device)
+                    for sizes in (sent, received)
+                )
+                return lambda: dist.all_to_all_single(
+                    target, source, list(received), list(sent), group=group
+                )
+
+
+def _nothing() -> None:
+    """What a rank does that takes no part."""
