@@ -1,0 +1,1 @@
+"""Know the cluster: what it is made of, what an op costs on it, how schedules play out."""
