@@ -137,4 +137,6 @@ class Fabric:
         sizes = np.concatenate([size[used] for _, used in passed])
         limited = np.isfinite(self.capacity[pipes]) & (sizes > 0)
         unique, place = np.unique(pipes[limited], return_inverse=True)
-        return unique, np.bincount(place, sizes[limited], minlength=len(unique))
+        total = np.zeros(len(unique))
+        np.add.at(total, place, sizes[limited])
+        return unique, total
