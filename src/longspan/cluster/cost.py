@@ -13,7 +13,7 @@ send            one message                                         its latency
 
 Every message loads the pipes on its way (``fabric``), and the op takes as long as its busiest
 pipe does, after the latency. So a ring over several nodes loads each node's network once each
-way, whatever the ranks inside; and it is up to the order of the ranks that it does.
+way, whatever the ranks inside, if the op's ranks come node by node.
 """
 
 from collections.abc import Iterable, Sequence
@@ -109,7 +109,8 @@ def demand(op: Comm, cluster: Cluster) -> Demand:
             row, column = np.nonzero(table)
             source, target, amount = ranks[row], ranks[column], table[row, column]
             latency = float(fabric.latency(source, target).max(initial=0))
-    pipes, load = fabric.load(source, target, amount)
+    spread = op.kind not in ("send", "all_to_all")
+    pipes, load = fabric.load(source, target, amount, spread=spread)
     transfer = float((load / fabric.capacity[pipes]).max(initial=0))
     return Demand(latency, pipes, load, transfer, float(amount.max(initial=0)))
 

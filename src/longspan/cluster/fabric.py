@@ -112,31 +112,46 @@ class Fabric:
         far = site_a != site_b
         return np.where(far, np.maximum(uplink[site_a], uplink[site_b]), result)
 
-    def load(self, source: Ints, target: Ints, size: Floats) -> tuple[Ints, Floats]:
+    def load(
+        self, source: Ints, target: Ints, size: Floats, *, spread: bool = False
+    ) -> tuple[Ints, Floats]:
         """The pipes that messages of ``size`` bytes pass, ascending, and the bytes on each.
 
-        Pipes of unlimited rate are left out.
+        ``spread`` messages leave and enter a node by the shares of all these ranks in it, as the
+        many rings of one collective do. Pipes of unlimited rate are left out.
         """
         node_a, node_b = self.node[source], self.node[target]
         site_a, site_b = self.site[source], self.site[target]
         apart, far = node_a != node_b, site_a != site_b
         near = ~apart
+        leaving, entering = (source[apart], size[apart]), (target[apart], size[apart])
+        if spread:
+            ranks = np.union1d(source, target)
+            leaving = self._spread(ranks, *leaving)
+            entering = self._spread(ranks, *entering)
         passed = (
-            (source, near),
-            (target, near),
-            (source, apart),
-            (target, apart),
-            (node_a, apart),
-            (node_b, apart),
-            (site_a, far),
-            (site_b, far),
+            (source[near], size[near]),
+            (target[near], size[near]),
+            leaving,
+            entering,
+            (node_a[apart], size[apart]),
+            (node_b[apart], size[apart]),
+            (site_a[far], size[far]),
+            (site_b[far], size[far]),
         )
         pipes = np.concatenate(
-            [first + ends[used] for first, (ends, used) in zip(self._first, passed, strict=False)]
+            [first + ends for first, (ends, _) in zip(self._first, passed, strict=False)]
         )
-        sizes = np.concatenate([size[used] for _, used in passed])
+        sizes = np.concatenate([amount for _, amount in passed])
         limited = np.isfinite(self.capacity[pipes]) & (sizes > 0)
         unique, place = np.unique(pipes[limited], return_inverse=True)
         total = np.zeros(len(unique))
         np.add.at(total, place, sizes[limited])
         return unique, total
+
+    def _spread(self, ranks: Ints, ends: Ints, size: Floats) -> tuple[Ints, Floats]:
+        node = self.node[ranks]
+        nodes = int(self.node[-1]) + 1
+        total = np.zeros(nodes)
+        np.add.at(total, self.node[ends], size)
+        return ranks, (total / np.maximum(np.bincount(node, minlength=nodes), 1))[node]
