@@ -29,7 +29,9 @@ def utilisation(job: OuterJob, bits_per_s: float) -> float:
     warm = -(-settling // job.every)
     periods = warm + max(2, -(-2 * max(20, job.delay) // job.every))
     tasks, ends = outer_schedule(job, periods)
-    device = Device(memory_bytes=ByteSize(1), bytes_per_s=1.0, peak={"matmul": {"float32": 1 / job.step_s}})
+    device = Device(
+        memory_bytes=ByteSize(1), bytes_per_s=1.0, peak={"matmul": {"float32": 1 / job.step_s}}
+    )
     sites = uniform(device, sites=2, uplink=Link(latency_s=0.0, bytes_per_s=bits_per_s / 8))
     done = simulate([tasks, tasks], sites).ends_s[0]
     elapsed = done[ends[-1]] - done[ends[warm - 1]]
