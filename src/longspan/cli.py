@@ -1,0 +1,103 @@
+"""The command line: thin, and lazy, so that ``--help`` is quick."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longspan.errors import LongspanError
+
+__all__ = ["demo", "diagnose", "main", "train"]
+
+app = typer.Typer(
+    name="longspan",
+    help="Train transformers on long and uneven sequences over few, slow or uneven links.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def diagnose(
+    data: Annotated[Path, typer.Argument(help="A folder of text, a .jsonl or a .parquet file.")],
+    field: Annotated[str, typer.Option(help="Where the text is in JSONL and Parquet.")] = "text",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer.json; without it bytes are tokens.")
+    ] = None,
+    end_token: Annotated[
+        str | None, typer.Option(help="The tokenizer's end-of-document token.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Most tokens of a packed sequence.")] = 8192,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How long the documents are, and what their unevenness costs."""
+    from longspan.data.diagnose import diagnose as measure
+    from longspan.data.render import render
+    from longspan.data.tokens import load_tokenizer
+
+    found = measure(
+        data, field=field, tokenizer=load_tokenizer(tokenizer, end_token), max_length=max_length
+    )
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(render(found))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: section.key=value.")
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes to start here; one a GPU, or one, if not said."),
+    ] = None,
+) -> None:
+    """Train; goes on from the newest checkpoint of a run that was stopped.
+
+    Start it by itself with --nproc, or on several machines as
+    ``torchrun … -m longspan train config.yaml``.
+    """
+    from longspan.train.config import load_config
+    from longspan.train.worker import run_worker, within_torchrun
+
+    settings = load_config(config, tuple(change or ()))
+    if within_torchrun():
+        raise typer.Exit(run_worker(settings))
+    from longspan.report.page import write_report
+    from longspan.train.inspect import inspect
+    from longspan.train.launch import default_nproc, launch
+
+    processes = nproc or default_nproc()
+    inspect(settings, processes)
+    code = launch(config, change or (), processes)
+    if code == 0:
+        print(f"report: {write_report(settings.run)}")
+    raise typer.Exit(code)
+
+
+@app.command()
+def demo(
+    runs: Annotated[Path, typer.Option(help="Where the run is kept.")] = Path("runs"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+) -> None:
+    """Diagnose real documents, train on them with four processes, prove it exact, report."""
+    from longspan.train.demo import run_demo
+
+    raise typer.Exit(run_demo(runs, steps))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a user's error is one line and exit code 2."""
+    try:
+        app(arguments)
+    except LongspanError as error:
+        print(f"longspan: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,113 @@
+"""Diagnose documents before training on them: a verdict from their lengths, and what to do next.
+
+Only the lengths are kept, eight bytes a document; the texts stream by.
+"""
+
+import shlex
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longspan.data.documents import batched, read_documents
+from longspan.data.lengths import Lengths
+from longspan.data.tokens import Tokenizer
+from longspan.errors import ConfigError
+
+__all__ = ["Diagnosis", "diagnose", "short"]
+
+_LONG = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The lengths of the documents at ``source`` and what follows from them.
+
+    ``verdict`` has three lines; ``next_command`` can be typed as it stands.
+    """
+
+    source: str
+    field: str
+    tokenizer: str
+    lengths: Lengths
+    verdict: tuple[str, str, str]
+    next_command: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "source": self.source,
+            "field": self.field,
+            "tokenizer": self.tokenizer,
+            "verdict": list(self.verdict),
+            "next_command": self.next_command,
+            "lengths": self.lengths.to_dict(),
+        }
+
+
+def diagnose(
+    path: Path, *, field: str = "text", tokenizer: Tokenizer, max_length: int
+) -> Diagnosis:
+    """Measure the documents at ``path`` in tokens of ``tokenizer``, as packed to ``max_length``.
+
+    Raises DataError for documents that can't be read or are all empty, ConfigError for a
+    ``max_length`` below 1.
+    """
+    if max_length < 1:
+        raise ConfigError(f"max_length {max_length}: give at least 1")
+    found = array("q")
+    for texts in batched(read_documents(path, field)):
+        found.extend(tokenizer.count_many(texts))
+    lengths = Lengths.of(np.frombuffer(found, np.int64), max_length=max_length)
+    return Diagnosis(
+        source=str(path),
+        field=field,
+        tokenizer=tokenizer.name,
+        lengths=lengths,
+        verdict=_verdict(lengths, "bytes" if tokenizer.name == "bytes" else "tokens"),
+        next_command=_next_command(path, field, tokenizer, max_length),
+    )
+
+
+def short(count: float) -> str:
+    """A count in three figures: 817, 12.3K, 4.56M; powers of two that are whole Ki read 8K."""
+    if count >= 1024 and count == int(count) and int(count) & (int(count) - 1) == 0:
+        size, unit = next((s, u) for s, u in ((1 << 20, "M"), (1 << 10, "K")) if count >= s)
+        return f"{int(count) // size}{unit}"
+    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**4, "K")):
+        if count >= size:
+            return f"{count / (1000 if unit == 'K' else size):.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def _verdict(lengths: Lengths, unit: str) -> tuple[str, str, str]:
+    size = (
+        f"{_documents(lengths.documents)}, {short(lengths.tokens)} {unit}: "
+        f"half have at most {lengths.percentiles['50']:,}, the longest {lengths.longest:,}."
+    )
+    _, share = lengths.share_over(_LONG)
+    tail = f"{share:.0%} of the {unit} sit in documents over 8K" if share else "None is over 8K"
+    cut, limit = lengths.over_max_length, f"max_length {lengths.max_length:,}"
+    fit = f"over {limit}: {_documents(cut)}." if cut else f"{limit} holds each of them whole."
+    if lengths.waste_in_batches < 0.01:
+        cost = "The lengths are even: padding would waste next to nothing."
+    else:
+        cost = (
+            f"Padded batches of {lengths.batch_size} would waste {lengths.waste_in_batches:.0%} "
+            f"of all positions; packs need {lengths.packing_gain:.1f}× fewer."
+        )
+    return size, f"{tail}; {fit}", cost
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document" + ("s" if count != 1 else "")
+
+
+def _next_command(path: Path, field: str, tokenizer: Tokenizer, max_length: int) -> str:
+    settings = {"path": str(path), "field": field, "tokenizer": tokenizer.name}
+    usual = {"field": "text", "tokenizer": "bytes"}
+    told = [f"data.{key}={value}" for key, value in settings.items() if usual.get(key) != value]
+    told.append(f"data.max_length={max_length}")
+    return "longspan train config.yaml" + "".join(f" --set {shlex.quote(one)}" for one in told)

@@ -1,0 +1,205 @@
+"""Makes a transformers model run on sequences that are sharded over a mesh axis.
+
+Nothing in the model is rewritten: its attention goes through transformers' own attention
+interface to ``longspan.attend``; everything else in it works token by token. What can't be
+honoured exactly is refused, never ignored.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from longspan.attention.attend import attend, global_length
+from longspan.comm.mesh import axis_group
+from longspan.errors import ModelError
+from longspan.layout import Order, positions
+
+__all__ = ["check_model", "patch"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+_NAME = "longspan"
+# Arguments of attention functions that change nothing here.
+_HARMLESS = {
+    "cache_position",
+    "num_items_in_batch",
+    "output_attentions",
+    "position_ids",
+    "return_dict",
+    "shift_labels",
+    "use_cache",
+}
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+@dataclass
+class _Sharding:
+    """What a forward pass tells its attention layers."""
+
+    mesh: DeviceMesh
+    order: Order
+    documents: tuple[int, ...]
+    calls: int = 0
+
+
+def patch(model: Model, *, mesh: DeviceMesh, order: Order | str = Order.ZIGZAG) -> Model:
+    """Make ``model`` take this rank's share of a sequence that is sharded over ``mesh``.
+
+    Call the model with ``input_ids (B, S_local)``, this rank's tokens in ``order``, and
+    ``cu_seqlens``, the *global* document boundaries (none: one document). Position ids are set
+    from them where they aren't given. It returns the logits of the local tokens. A loss is only
+    computed from labels that are already shifted, over the global count of targets: pass
+    ``labels``, ``shift_labels`` and ``num_items_in_batch``, and add up the ranks' losses.
+
+    Returns the same model. Raises ModelError, here or in forward, for what can't be honoured
+    exactly: sliding windows, softcaps, sinks, attention dropout, masks, caches, layers that mix
+    tokens by other means.
+    """
+    order = Order.of(order)
+    axis_group(mesh)
+    check_model(model)
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, _no_mask)
+    model.set_attn_implementation(_NAME)
+    model.config.use_cache = False
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, _sharded_arguments(args, kwargs, mesh, order)
+
+    def after(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+        found, expected = kwargs[_NAME].calls, module.config.num_hidden_layers
+        if found != expected:
+            raise ModelError(
+                f"{_name(module)} has {expected} layers but {found} of them attended through "
+                "longspan: the others may mix tokens in a way that can't be sharded"
+            )
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, with_kwargs=True)
+    return model
+
+
+def _name(model: Any) -> str:
+    return type(model).__name__
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ModelError if the model can't be sharded exactly; it may be on the meta device."""
+    config = model.config
+    parameters = inspect.signature(model.forward).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ModelError(f"{_name(model)}.forward takes no keyword arguments for its layers")
+    if not model._can_set_attn_implementation():
+        raise ModelError(f"{_name(model)} doesn't use transformers' attention interface")
+    if getattr(config, "is_encoder_decoder", False) or getattr(
+        config, "add_cross_attention", False
+    ):
+        raise ModelError(f"{_name(model)} has cross attention, which can't be sharded yet")
+    for layer_type in getattr(config, "layer_types", None) or ():
+        if layer_type != "full_attention":
+            raise ModelError(
+                f"{_name(model)} has layers of type {layer_type}; only full_attention is exact here"
+            )
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise ModelError(
+            f"{_name(model)} attends in a sliding window of {config.sliding_window}; "
+            "set sliding_window to null to train with full attention"
+        )
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ModelError(f"{_name(model)} caps attention logits; set attn_logit_softcapping: null")
+    for dropout in _DROPOUTS:
+        if getattr(config, dropout, None):
+            raise ModelError(
+                f"{_name(model)} has attention dropout, which differs on every rank; "
+                f"set {dropout}: 0.0"
+            )
+
+
+def _sharded_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any], mesh: DeviceMesh, order: Order
+) -> dict[str, Any]:
+    """The model's arguments, with positions and boundaries filled in and the rest checked."""
+    group = axis_group(mesh)
+    cu_seqlens = kwargs.pop("cu_seqlens", None)
+    tokens = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+                   if x is not None), None)  # fmt: skip
+    if tokens is None:
+        raise ModelError("pass input_ids or inputs_embeds")
+    if kwargs.get("attention_mask") is not None:
+        raise ModelError("attention_mask can't be sharded: leave padding out, pass cu_seqlens")
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        raise ModelError("a key-value cache can't be sharded: pass use_cache=False")
+    if kwargs.get("labels") is not None and (
+        kwargs.get("shift_labels") is None or kwargs.get("num_items_in_batch") is None
+    ):
+        raise ModelError(
+            "labels would be shifted and averaged inside a shard: pass shift_labels and "
+            "num_items_in_batch (the global count of targets) with them"
+        )
+    if cu_seqlens is None:
+        documents: tuple[int, ...] = (0, global_length(tokens.shape[1], group, order))
+    else:
+        documents = tuple(int(end) for end in cu_seqlens)
+    sharding = _Sharding(mesh, order, documents)
+    if kwargs.get("position_ids") is None:
+        own = _positions_in_documents(documents, group, order)
+        kwargs["position_ids"] = own.to(tokens.device).expand(tokens.shape[0], -1)
+    return kwargs | {"use_cache": False, _NAME: sharding}
+
+
+def _positions_in_documents(
+    documents: Sequence[int], group: dist.ProcessGroup, order: Order
+) -> Tensor:
+    own = positions(documents[-1], group.rank(), group.size(), order)
+    ends = torch.tensor(documents)
+    return own - ends[torch.bucketize(own, ends, right=True) - 1]
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    longspan: _Sharding | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    if longspan is None:
+        raise ModelError(
+            f"{_name(module)} isn't given its model's keyword arguments: it can't be sharded"
+        )
+    if attention_mask is not None:
+        raise ModelError(f"{_name(module)} attends under a mask of its own")
+    if dropout:
+        raise ModelError(f"{_name(module)} has attention dropout {dropout}: set it to 0.0")
+    for name, value_given in others.items():
+        if name not in _HARMLESS and value_given is not None and value_given is not False:
+            raise ModelError(f"{_name(module)} asks for {name}, which can't be honoured exactly")
+    longspan.calls += 1
+    out = attend(
+        query,
+        key,
+        value,
+        mesh=longspan.mesh,
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        order=longspan.order,
+        scale=scaling,
+        cu_seqlens=longspan.documents,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*, attention_mask: Tensor | None = None, use_vmap: bool = False, **_: Any) -> None:
+    """Attention knows the documents; a mask beyond causal and documents is refused."""
+    if attention_mask is not None or use_vmap:
+        raise ModelError("this model or batch needs an attention mask, which can't be sharded")

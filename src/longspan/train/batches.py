@@ -1,0 +1,76 @@
+"""What a data-parallel rank trains on in each step: packed sequences of whole documents."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from longspan.data.packing import PackedSequence, Packer, materialise, split_documents
+from longspan.data.store import Store, prepare
+from longspan.data.tokens import Tokenizer, load_tokenizer
+from longspan.errors import ConfigError
+from longspan.train.config import Config
+
+__all__ = ["Batches", "StepBatch"]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A step's sequences on one data-parallel rank; the counts are over all of them.
+
+    Every token has a target, so ``tokens`` is what the loss is divided by.
+    """
+
+    sequences: tuple[PackedSequence, ...]
+    tokens: int
+    documents: int
+    cursor: int
+
+
+class Batches:
+    """The documents of a config, tokenised and packed; raises DataError for unusable ones."""
+
+    def __init__(self, config: Config) -> None:
+        data = config.data
+        self.tokenizer: Tokenizer = load_tokenizer(data.tokenizer, data.end_token)
+        cache = data.cache or config.runs / ".tokens"
+        self.store: Store = prepare(Path(data.path), data.field, self.tokenizer, cache)
+        seed, lengths = config.train.seed, self.store.lengths
+        training, validation = split_documents(len(self.store), data.validation_share, seed)
+        self.training = Packer(lengths, training, data.max_length, seed, data.long_documents)
+        self.validation = Packer(lengths, validation, data.max_length, seed, data.long_documents)
+        self.validation_documents = len(validation)
+        self._config = config
+
+    def check(self, dp: int) -> None:
+        """Raise ConfigError unless an epoch has a sequence for each data-parallel rank."""
+        sequences = self.training.epoch_packs(0)
+        if sequences < dp:
+            raise ConfigError(
+                f"{dp} data-parallel ranks, but the documents fill only {sequences} sequences of "
+                f"{self._config.data.max_length} tokens: raise parallel.sp or lower data.max_length"
+            )
+
+    def step(self, cursor: int, dp_rank: int, dp: int) -> StepBatch:
+        """The sequences from ``cursor`` on, dealt to the data-parallel ranks in turn."""
+        return self._take(self.training, cursor, self._config.train.accumulate, dp_rank, dp)
+
+    def validate(self, dp_rank: int, dp: int) -> StepBatch:
+        """The same validation sequences at every call."""
+        wanted = min(self._config.train.validation_sequences, self.validation.epoch_packs(0))
+        return self._take(self.validation, 0, -(-wanted // dp), dp_rank, dp)
+
+    def _take(self, packer: Packer, cursor: int, each: int, dp_rank: int, dp: int) -> StepBatch:
+        packs = [packer.pack(cursor + n) for n in range(each * dp)]
+        pieces = [piece for pack in packs for piece in pack]
+        return StepBatch(
+            tuple(materialise(self.store, pack) for pack in packs[dp_rank::dp]),
+            tokens=sum(piece.length for piece in pieces),
+            documents=len(pieces),
+            cursor=cursor + each * dp,
+        )
+
+    def documents(self, sequence: PackedSequence) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each document in a packed sequence."""
+        ends = [int(end) for end in sequence.cu_seqlens]
+        return itertools.pairwise(ends)

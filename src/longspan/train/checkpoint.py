@@ -1,0 +1,241 @@
+"""Checkpoints that are whole or not there: written aside, hashed, then renamed.
+
+A checkpoint is a folder ``step-00000100`` of safetensors files, one a rank, ``state.json`` with
+all that isn't a tensor, and ``manifest.json`` with the sha256 of each, written last. It can be
+read by any number of ranks.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+from longspan.errors import CheckpointError
+
+__all__ = ["Progress", "damage", "load_newest", "save"]
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+_State = dict[str, Any]
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimizer steps done, and packed sequences taken from the data."""
+
+    step: int
+    cursor: int
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    keep: int,
+) -> Path:
+    """Write a checkpoint into ``folder`` on all ranks together, then drop all but ``keep``.
+
+    Raises CheckpointError, on every rank, if the disk won't take it; what was there is kept.
+    """
+    target = folder / f"step-{progress.step:08d}"
+    aside = folder / f".{target.name}.partial"
+    if target.exists():
+        return target
+    leader = dist.get_rank() == 0
+    with _together(f"couldn't write {target}"):
+        if leader:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    with _together(f"couldn't write {target}"):
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        save_tensors(_tensors(model, *_states(model, optimizer)), storage_writer=writer)
+    with _together(f"couldn't write {target}"):
+        if leader:
+            _write(aside / "state.json", asdict(progress))
+            _seal(aside)
+            aside.replace(target)
+            _fsync(folder)
+            for old in _newest_first(folder)[keep:]:
+                shutil.rmtree(old)
+    return target
+
+
+def load_newest(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Progress | None, list[str]]:
+    """Put the newest sound checkpoint into model and optimizer, on all ranks together.
+
+    Returns how far it is, None if there is no checkpoint at all, and what was refused and why.
+    A damaged checkpoint is renamed to ``….damaged``. Raises CheckpointError, on every rank, if
+    there are checkpoints and none is sound.
+    """
+    refused: list[str] = []
+    found: Path | None = None
+    step = -1
+    if dist.get_rank() == 0:
+        candidates = _newest_first(folder)
+        for candidate in candidates:
+            if not (wrong := damage(candidate)):
+                found, step = candidate, _step(candidate)
+                break
+            refused.append(f"{candidate}: {wrong}")
+            candidate.rename(candidate.with_name(candidate.name + ".damaged"))
+        if candidates and not found:
+            step = -2
+    step = _from_leader(step)
+    if step == -2:
+        raise CheckpointError(f"no checkpoint in {folder} is sound: {'; '.join(refused)}")
+    if step == -1:
+        return None, refused
+    path = folder / f"step-{step:08d}"
+    _restore(path, model, optimizer)
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return Progress(**state), refused
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every byte is as it was written."""
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+        hashes = dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{_MANIFEST} is missing or can't be read"
+    for name, expected in hashes.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _sha256(file) != expected:
+            return f"{name} isn't what was written (sha256 differs)"
+    return None
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[_State, _State]:
+    """Weights and optimizer state by name; the tensors are the live ones."""
+    weights, moments = get_state_dict(model, optimizer, options=_FLAT)
+    return dict(weights), dict(moments)
+
+
+def _tensors(model: nn.Module, weights: _State, moments: _State) -> dict[str, Tensor]:
+    """All that is stored as tensors; tied weights once."""
+    once = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items() if name in once}
+    tensors |= {f"optimizer.{n}": value for n, value in moments.items() if torch.is_tensor(value)}
+    tensors[f"rng.cpu.{dist.get_rank()}"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors[f"rng.cuda.{dist.get_rank()}"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    weights, moments = _states(model, optimizer)
+    tensors = _tensors(model, weights, moments)
+    reader = HuggingFaceStorageReader(str(path))
+    stored = reader.read_metadata().state_dict_metadata
+    # A rank that wasn't there when the checkpoint was written has no generator state in it.
+    tensors = {name: t for name, t in tensors.items() if name in stored or "rng." not in name}
+    load(tensors, storage_reader=reader)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=weights | _under(tensors, "model."),
+        optim_state_dict=moments | _under(tensors, "optimizer."),
+        options=_FLAT,
+    )
+    if (state := tensors.get(f"rng.cpu.{dist.get_rank()}")) is not None:
+        torch.set_rng_state(state)
+    if (state := tensors.get(f"rng.cuda.{dist.get_rank()}")) is not None:
+        torch.cuda.set_rng_state(state)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _seal(folder: Path) -> None:
+    """Make every file durable, then say in a manifest what each must be."""
+    hashes = {}
+    for file in _files(folder):
+        _fsync(file)
+        hashes[file.name] = _sha256(file)
+    _write(folder / _MANIFEST, {"sha256": hashes})
+    _fsync(folder)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.iterdir()) if file.is_file())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    _fsync(file)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+@contextmanager
+def _together(what: str) -> Iterator[None]:
+    """Raise CheckpointError on every rank if the work inside fails on any."""
+    failure = ""
+    try:
+        yield
+    except OSError as error:
+        failure = str(error)
+    except CheckpointException as error:
+        failure = "; ".join(str(cause) for cause, _ in error.failures.values())
+    failed = torch.tensor(int(bool(failure)), device=_device())
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if failed.item():
+        raise CheckpointError(f"{what}: {failure or 'another rank failed'}")
+
+
+def _from_leader(value: int) -> int:
+    shared = torch.tensor(value, device=_device())
+    dist.broadcast(shared, 0)
+    return int(shared.item())

@@ -1,0 +1,212 @@
+"""The one YAML file that says what to train, on what, and how."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from longspan.errors import ConfigError
+
+__all__ = [
+    "Checkpoint",
+    "Checks",
+    "Config",
+    "Data",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "Train",
+    "load_config",
+    "save_config",
+    "settled_differences",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Section):
+    """The documents."""
+
+    path: Path = Field(description="A folder of text, a .jsonl or a .parquet file.")
+    field: str = Field("text", description="Where the text is in JSONL and Parquet.")
+    tokenizer: Path | None = Field(None, description="A tokenizer.json; none: bytes are tokens.")
+    end_token: str | None = Field(None, description="The tokenizer's end-of-document token.")
+    max_length: int = Field(
+        8192, ge=1, description="Most tokens of a sequence, over all its ranks."
+    )
+    long_documents: Literal["split", "drop", "error"] = Field(
+        "split", description="What is done with documents longer than max_length."
+    )
+    validation_share: float = Field(0.02, gt=0, lt=1, description="Documents kept for validation.")
+    cache: Path | None = Field(None, description="Where tokens are kept; none: beside the run.")
+
+
+class Model(_Section):
+    """A causal language model of transformers."""
+
+    type: str | None = Field(None, description="A model type of transformers, e.g. llama.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Fields of its config.")
+    path: Path | None = Field(None, description="Instead: a folder with a model to go on from.")
+
+
+class Parallel(_Section):
+    """How sequences are spread; what isn't sequence parallel is data parallel."""
+
+    sp: int | None = Field(None, ge=1, description="Ranks that share a sequence; none: all.")
+    order: Literal["contiguous", "zigzag", "striped"] = Field(
+        "zigzag", description="Which tokens of a sequence a rank holds."
+    )
+
+
+class Optimizer(_Section):
+    """AdamW with warm-up and cosine decay."""
+
+    lr: float = Field(3e-4, gt=0, description="The learning rate after warm-up.")
+    final_lr_share: float = Field(0.1, ge=0, le=1, description="What is left of it at the end.")
+    warmup_steps: int = Field(10, ge=0, description="Steps in which it rises from zero.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's averaging factors.")
+    weight_decay: float = Field(0.1, ge=0, description="On matrices; never on norms and biases.")
+    clip_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+
+
+class Checks(_Section):
+    """What is proved on the model itself before the first step."""
+
+    leak_probe: bool = Field(True, description="No token sees another document or its future.")
+    exactness: bool = Field(False, description="Loss and gradients equal those of one process.")
+
+
+class Train(_Section):
+    """The run."""
+
+    steps: int = Field(description="Optimizer steps.", ge=1)
+    accumulate: int = Field(1, ge=1, description="Sequences a data-parallel rank sums in a step.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What is computed in; weights and sums are kept in float32."
+    )
+    seed: int = Field(0, ge=0, description="Of weights, shuffling and dropout.")
+    validate_every: int = Field(50, ge=1, description="Steps between validations.")
+    validation_sequences: int = Field(8, ge=1, description="Sequences in a validation.")
+    timeout_s: float = Field(300.0, gt=0, description="How long a silent peer is waited for.")
+
+
+class Checkpoint(_Section):
+    """What is kept to go on from."""
+
+    every: int = Field(100, ge=1, description="Steps between checkpoints; the last is always kept.")
+    keep: int = Field(2, ge=2, description="How many are kept: the newest might be damaged.")
+
+
+class Config(_Section):
+    """A whole run; its files are in ``runs/name``."""
+
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The run's folder in runs/."
+    )
+    runs: Path = Field(Path("runs"), description="Where runs are kept.")
+    data: Data
+    model: Model
+    parallel: Parallel = Parallel()
+    optimizer: Optimizer = Optimizer()
+    train: Train
+    checks: Checks = Checks()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.runs / self.name
+
+
+# What may change when a run is continued; all else would make it another run.
+_FREE = {"runs", "train.steps", "train.validate_every", "train.timeout_s", "data.cache"}
+_FREE_SECTIONS = {"checkpoint", "checks"}
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a config; ``overrides`` are settings like ``train.steps=200``.
+
+    Raises ConfigError: no file, no YAML, an unknown key (with the nearest known one), a value
+    that can't be.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no config at {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changes = [(key, yaml.safe_load(value)) for key, value in map(_halves, overrides)]
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold settings, such as 'train: {{steps: 100}}'")
+    for key, value in changes:
+        _set(values, key.split("."), value)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_in_words(error)}") from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write a config as YAML that ``load_config`` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    path.write_text(text, encoding="utf-8")
+
+
+def settled_differences(old: Config, new: Config) -> list[str]:
+    """Settings that differ although a continued run must keep them, as ``key: old -> new``."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and key not in _FREE
+        and key.split(".")[0] not in _FREE_SECTIONS
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _halves(override: str) -> tuple[str, str]:
+    key, equals, value = override.partition("=")
+    if not (key and equals):
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    return key, value
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {'.'.join(keys)}: {key} is a value, not a section")
+        values = inner
+    values[keys[-1]] = value
+
+
+def _in_words(error: ValidationError) -> str:
+    """The first mistake, in one line."""
+    mistake = error.errors()[0]
+    place = ".".join(map(str, mistake["loc"]))
+    if mistake["type"] == "missing":
+        return f"{place} is missing"
+    if mistake["type"] != "extra_forbidden":
+        return f"{place} is {mistake['input']!r}: {mistake['msg']}"
+    section: Any = Config
+    for key in mistake["loc"][:-1]:
+        section = section.model_fields[str(key)].annotation
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"unknown setting {place}: {hint}"

@@ -1,0 +1,51 @@
+"""What the ring schedules of a step promise: how even the work is, and how much is sent."""
+
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedConfig
+
+from longspan.attention.ring import accumulation_dtype
+from longspan.data.packing import PackedSequence
+from longspan.layout import Order
+from longspan.schedule.ring import Ring, comms, rounds
+
+__all__ = ["ring_figures"]
+
+
+def ring_figures(
+    sequences: Iterable[PackedSequence],
+    model: PreTrainedConfig,
+    dtype: torch.dtype,
+    world: int,
+    order: Order,
+) -> dict[str, float]:
+    """Of the sequences of one sequence-parallel group, forward and backward, over all layers.
+
+    ``attention_imbalance``: the busiest rank's query-key pairs over the mean (1 is even).
+    ``ring_bytes``: bytes that its ranks send each other.
+    """
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    numbers = 2 * heads * head_dim
+    pairs, sent = [0] * world, 0
+    for sequence in sequences:
+        ring = Ring(
+            length=len(sequence.tokens),
+            world=world,
+            order=order,
+            causal=True,
+            documents=tuple(sequence.cu_seqlens.tolist()),
+            kv_bytes=numbers * dtype.itemsize,
+            grad_bytes=numbers * accumulation_dtype(dtype).itemsize,
+        )
+        for rank in range(world):
+            turns = rounds(ring, rank)
+            pairs[rank] += sum(block.pairs for turn in turns for block in turn.blocks)
+            ops = (*comms(ring, rank), *comms(ring, rank, backward=True))
+            sent += sum(op.sent_bytes(rank) for op in ops)
+    imbalance = max(pairs) * world / max(1, sum(pairs))
+    return {
+        "attention_imbalance": imbalance,
+        "ring_bytes": float(sent * model.num_hidden_layers),
+    }

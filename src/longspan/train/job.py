@@ -1,0 +1,121 @@
+"""Puts a run together: mesh, model, optimizer, data and recorder, checked before the first step."""
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from longspan.comm.mesh import make_mesh
+from longspan.data.lengths import Lengths
+from longspan.models.leak import leak_probe
+from longspan.train.batches import Batches
+from longspan.train.config import Config
+from longspan.train.exactness import exactness
+from longspan.train.optimize import make_optimizer
+from longspan.train.parallelize import build_model, parallelize
+from longspan.train.record import Recorder
+from longspan.train.step import StepRunner
+
+__all__ = ["Job", "make_job", "prove"]
+
+
+@dataclass
+class Job:
+    """All that a training loop needs."""
+
+    config: Config
+    mesh: DeviceMesh
+    batches: Batches
+    runner: StepRunner
+    optimizer: torch.optim.Optimizer
+    recorder: Recorder
+
+    @property
+    def dp(self) -> int:
+        """How many sequences are trained on at once."""
+        return self.mesh["dp"].size()
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of them this rank has a share of."""
+        return self.mesh["dp"].get_local_rank()
+
+
+def make_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
+    """Build everything on this rank; the process group must stand."""
+    world = dist.get_world_size()
+    mesh = make_mesh(world, config.parallel.sp or world, device.type)
+    batches = Batches(config)
+    batches.check(mesh["dp"].size())
+    model = build_model(config, batches.tokenizer.vocab_size, device)
+    parameters = model.num_parameters()
+    parallelize(model, config, mesh)
+    torch.manual_seed(config.train.seed + 1 + dist.get_rank())
+    _describe(config, mesh, batches, parameters, recorder)
+    return Job(
+        config,
+        mesh,
+        batches,
+        StepRunner(model, mesh, config.parallel.order),
+        make_optimizer(model, config.optimizer),
+        recorder,
+    )
+
+
+def prove(job: Job) -> None:
+    """Run the checks that the config asks for; raises LeakError or ModelError."""
+    checks, recorder = job.config.checks, job.recorder
+    if checks.leak_probe:
+        probe = leak_probe(job.runner.model, mesh=job.mesh["sp"], order=job.runner.order)
+        recorder.note("leak_probe", asdict(probe) | {"leaks": 0})
+        recorder.say(f"leak probe: 0 leaks in {probe.outputs} outputs")
+    if checks.exactness and (found := exactness(job.runner, job.batches, job.config, job.dp)):
+        recorder.note("exactness", asdict(found))
+        recorder.say(
+            f"exactness on {found.tokens} tokens: loss {found.loss:.6f}, in one process "
+            f"{found.loss_one_process:.6f}; gradients differ by {found.gradient_difference:.1e}"
+        )
+
+
+def _describe(
+    config: Config, mesh: DeviceMesh, batches: Batches, parameters: int, recorder: Recorder
+) -> None:
+    if not recorder.leader:
+        return
+    recorder.note(
+        "start",
+        {
+            "run": config.name,
+            "world": mesh.size(),
+            "axes": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
+            "order": config.parallel.order,
+            "device": mesh.device_type,
+            "backend": dist.get_backend(),
+            "dtype": config.train.dtype,
+            "parameters": parameters,
+            "model_type": config.model.type or Path(str(config.model.path)).name,
+            "torch": torch.__version__,
+            "longspan": version("longspan"),
+            "max_length": config.data.max_length,
+            "steps": config.train.steps,
+        },
+    )
+    lengths = Lengths.of(batches.store.lengths, max_length=config.data.max_length)
+    recorder.note(
+        "data",
+        {
+            "documents": lengths.documents,
+            "tokens": lengths.tokens,
+            "percentiles": lengths.percentiles,
+            "longest": lengths.longest,
+            "histogram": [[b.up_to, b.documents, b.share_of_tokens] for b in lengths.bins],
+            "padding_waste": lengths.waste_in_batches,
+            "packed_fill": lengths.pack_fill,
+            "split_documents": batches.training.split,
+            "dropped_documents": batches.training.dropped,
+            "validation_documents": batches.validation_documents,
+        },
+    )

@@ -1,0 +1,116 @@
+"""The training loop."""
+
+import time
+from dataclasses import asdict
+
+import torch
+
+from longspan.train.batches import StepBatch
+from longspan.train.checkpoint import Progress, load_newest, save
+from longspan.train.figures import ring_figures
+from longspan.train.job import Job, prove
+from longspan.train.optimize import lr_at, set_lr
+from longspan.train.step import summed
+from longspan.train.stop import StopWish
+
+__all__ = ["train"]
+
+
+def train(job: Job, wish: StopWish) -> None:
+    """Train from the newest checkpoint, or from the start, until done or told to stop."""
+    steps, recorder = job.config.train.steps, job.recorder
+    prove(job)
+    progress = _resume(job)
+    stopped = False
+    while progress.step < steps and not stopped:
+        progress, stopped = _step(job, progress, wish)
+        if _due(progress.step, job.config.train.validate_every, steps):
+            _validate(job, progress.step)
+        if stopped or _due(progress.step, job.config.checkpoint.every, steps):
+            _save(job, progress)
+    reason = "stopped" if progress.step < steps else "done"
+    about = {"reason": reason, "steps": progress.step, "seconds": recorder.seconds}
+    recorder.note("end", about)
+    if reason == "stopped":
+        recorder.say(f"stopped after step {progress.step}; the same command goes on from there")
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step % every == 0 or step == steps
+
+
+def _resume(job: Job) -> Progress:
+    progress, refused = load_newest(job.config.run / "checkpoints", job.runner.model, job.optimizer)
+    for words in refused:
+        job.recorder.note("refused", {"checkpoint": words})
+        job.recorder.say(f"checkpoint refused: {words}")
+    if progress is None:
+        return Progress(step=0, cursor=0)
+    job.recorder.note("resume", asdict(progress))
+    job.recorder.say(f"going on after step {progress.step}")
+    return progress
+
+
+def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]:
+    """One optimizer step; also whether any rank was told to stop."""
+    config, recorder, runner = job.config, job.recorder, job.runner
+    start = time.perf_counter()
+    batch = job.batches.step(progress.cursor, job.dp_rank, job.dp)
+    with recorder.span("forward and backward"):
+        own_loss = runner.gradients(batch)
+    with recorder.span("optimizer"):
+        parameters = runner.model.parameters()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
+        lr = lr_at(progress.step, config.train.steps, config.optimizer)
+        set_lr(job.optimizer, lr)
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+    loss, told = summed(own_loss, torch.tensor(float(wish.heard), device=runner.device))
+    if progress.step == 0:
+        recorder.note("batch", _first_batch(job, batch))
+    seconds = time.perf_counter() - start
+    figures = {
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": _number(norm),
+        "tokens": batch.tokens,
+        "documents": batch.documents,
+        "step_s": seconds,
+        "tokens_per_s": batch.tokens / seconds,
+    }
+    if recorder.leader:
+        figures |= ring_figures(
+            *(batch.sequences, runner.model.config, getattr(torch, config.train.dtype)),
+            *(runner.sp.size(), runner.order),
+        )
+    recorder.step(progress.step + 1, figures)
+    return Progress(progress.step + 1, batch.cursor), told > 0
+
+
+def _first_batch(job: Job, batch: StepBatch) -> dict[str, object]:
+    """Which documents are in the first sequence, to draw who holds what of it."""
+    return {
+        "step": 1,
+        "cu_seqlens": batch.sequences[0].cu_seqlens.tolist(),
+        "world": job.runner.sp.size(),
+        "order": job.runner.order,
+    }
+
+
+def _number(norm: torch.Tensor) -> float:
+    return float(getattr(norm, "full_tensor", lambda: norm)())
+
+
+def _validate(job: Job, step: int) -> None:
+    with job.recorder.span("validation"):
+        loss = job.runner.validation_loss(job.batches.validate(job.dp_rank, job.dp))
+    job.recorder.step(step, {"validation_loss": loss})
+
+
+def _save(job: Job, progress: Progress) -> None:
+    start = time.perf_counter()
+    folder, keep = job.config.run / "checkpoints", job.config.checkpoint.keep
+    path = save(folder, job.runner.model, job.optimizer, progress, keep)
+    about = {"step": progress.step, "path": str(path), "seconds": time.perf_counter() - start}
+    size = sum(file.stat().st_size for file in path.iterdir())
+    job.recorder.note("checkpoint", about | {"bytes": size})

@@ -1,0 +1,80 @@
+"""Loss and gradients of a step: exact sums over all tokens of all ranks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from longspan.data.packing import PackedSequence
+from longspan.layout import Order, positions
+from longspan.train.batches import StepBatch
+
+__all__ = ["StepRunner", "evaluating", "summed"]
+
+
+class StepRunner:
+    """Runs a parallelized model on this rank's share of each sequence."""
+
+    def __init__(self, model: PreTrainedModel, mesh: DeviceMesh, order: Order | str) -> None:
+        self.model = model
+        self.device = torch.device(mesh.device_type, torch.cuda.current_device()) if (
+            mesh.device_type == "cuda"
+        ) else torch.device("cpu")  # fmt: skip
+        self.sp = mesh["sp"].get_group()
+        self.order = Order.of(order)
+
+    def loss_sum(self, sequence: PackedSequence) -> Tensor:
+        """The summed cross-entropy of this rank's tokens of one sequence, in float32."""
+        length = len(sequence.tokens)
+        own = positions(length, self.sp.rank(), self.sp.size(), self.order)
+        tokens = torch.from_numpy(sequence.tokens)[own].to(self.device)
+        targets = torch.from_numpy(sequence.targets)[own].to(self.device)
+        output = self.model(input_ids=tokens[None], cu_seqlens=sequence.cu_seqlens.tolist())
+        return F.cross_entropy(output.logits[0].float(), targets, reduction="sum")
+
+    def gradients(self, batch: StepBatch) -> Tensor:
+        """Add the batch's gradients to the parameters; returns this rank's part of the loss."""
+        total = torch.zeros((), device=self.device)
+        for number, sequence in enumerate(batch.sequences, 1):
+            self._reduce_gradients(number == len(batch.sequences))
+            loss = self.loss_sum(sequence) / batch.tokens
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def validation_loss(self, batch: StepBatch) -> float:
+        """The mean loss over all tokens of the batch, on all ranks."""
+        with evaluating(self.model):
+            total = torch.zeros((), device=self.device)
+            for sequence in batch.sequences:
+                total += self.loss_sum(sequence)
+        return summed(total / batch.tokens)[0]
+
+    def _reduce_gradients(self, now: bool) -> None:
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(now)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model without dropout for as long as this lasts."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def summed(*values: Tensor) -> list[float]:
+    """The sums of scalars over all ranks."""
+    stacked = torch.stack([value.detach().to(torch.float32) for value in values])
+    dist.all_reduce(stacked)
+    return [float(value) for value in stacked.tolist()]

@@ -1,0 +1,77 @@
+"""One rank of a run, in the environment that torchrun gives it."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from longspan.comm.mesh import connect
+from longspan.errors import LongspanError, MemoryLimitError
+from longspan.train.config import Config
+from longspan.train.inspect import claim_run, inspect
+from longspan.train.job import make_job
+from longspan.train.loop import train
+from longspan.train.record import Recorder
+from longspan.train.stop import StopWish
+
+__all__ = ["run_worker", "within_torchrun"]
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out waiting", "Socket")
+
+
+def within_torchrun() -> bool:
+    """Whether a launcher has started this process as one of several ranks."""
+    return all(name in os.environ for name in _ENVIRONMENT)
+
+
+def run_worker(config: Config) -> int:
+    """This rank's whole run; returns its exit code.
+
+    A user's error is told in one line by the first rank that meets it: 2. A rank that loses its
+    peers ends with 1, and leaves the telling to whoever knows why.
+    """
+    try:
+        _run(config)
+    except LongspanError as error:
+        _tell(str(error))
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+            _tell(str(_out_of_memory(config, error)))
+            return 2
+        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST):
+            return 1
+        raise
+    return 0
+
+
+def _run(config: Config) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with StopWish() as wish:
+        inspect(config, world)
+        if rank == 0:
+            claim_run(config)
+        device = connect(config.train.timeout_s)
+        with Recorder(config.run, rank == 0, config.train.steps) as recorder:
+            train(make_job(config, device, recorder), wish)
+        dist.destroy_process_group()
+
+
+def _out_of_memory(config: Config, error: Exception) -> MemoryLimitError:
+    words = " ".join(str(error).split())[:200]
+    return MemoryLimitError(
+        f"out of memory with data.max_length {config.data.max_length} ({words}): "
+        "lower it, or use more ranks a sequence"
+    )
+
+
+def _tell(words: str) -> None:
+    """Print a line, unless another rank has printed one."""
+    if dist.is_initialized():
+        first = dist.distributed_c10d._get_default_store().add("longspan/told", 1) == 1
+    else:
+        first = os.environ["LOCAL_RANK"] == "0"
+    if first:
+        print(f"longspan: {words}", file=sys.stderr, flush=True)

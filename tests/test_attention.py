@@ -1,0 +1,282 @@
+"""Attention over a sharded sequence: values, gradients and bytes."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from dense import dense_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import Ranks
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import longspan
+from longspan.attention.attend import ring_of
+from longspan.attention.kernels import (
+    CpuFlash,
+    CudaEfficient,
+    CudaFlash,
+    Kernel,
+    Reference,
+    kernel_for,
+)
+from longspan.attention.merge import merge_
+from longspan.comm.counting import CountBytes
+from longspan.errors import LayoutError
+from longspan.layout import Order
+from longspan.schedule.ring import comms
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention: its documents, heads and layout."""
+
+    documents: tuple[int, ...]
+    causal: bool
+    order: Order
+    q_heads: int
+    kv_heads: int
+    batch: int
+    dtype: torch.dtype
+    told: bool  # whether attend is told the documents, where there is only one
+    scale: float
+    seed: int
+
+
+cases = st.builds(
+    lambda lengths, causal, order, kv, group, batch, dtype, told, scale, seed: Case(
+        tuple(sum(lengths[:i]) for i in range(len(lengths) + 1)),
+        causal,
+        order,
+        kv * group,
+        kv,
+        batch,
+        dtype,
+        told or len(lengths) != 1,
+        scale,
+        seed,
+    ),
+    st.lists(st.one_of(st.integers(0, 3), st.integers(4, 40)), min_size=1, max_size=6),
+    st.booleans(),
+    st.sampled_from(list(Order)),
+    st.sampled_from([1, 2]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([torch.float64, torch.float32]),
+    st.booleans(),
+    st.sampled_from([8**-0.5, 0.2]),
+    st.integers(0, 10**6),
+)
+
+
+def tensors(case: Case, head_dim: int = 8) -> list[torch.Tensor]:
+    """q, k, v and the gradient of out, whole, in float64."""
+    generator = torch.Generator().manual_seed(case.seed)
+    heads = (case.q_heads, case.kv_heads, case.kv_heads, case.q_heads)
+    shape = (case.documents[-1], head_dim)
+    return [
+        torch.randn(case.batch, h, *shape, dtype=torch.float64, generator=generator) for h in heads
+    ]
+
+
+def worst_difference(mesh: DeviceMesh, case: Case) -> float:
+    """Of out, dq, dk and dv on this rank, from dense attention in float64."""
+    *inputs, dout = tensors(case)
+    whole = [x.requires_grad_() for x in inputs]
+    expected, _ = dense_attention(*whole, case.documents, case.causal, case.scale)
+    expected.backward(dout)
+
+    own = longspan.positions(case.documents[-1], mesh.get_local_rank(), mesh.size(), case.order)
+    q, k, v = (x.detach()[:, :, own].to(case.dtype).requires_grad_() for x in whole)
+    out = longspan.attend(
+        *(q, k, v),
+        mesh=mesh,
+        causal=case.causal,
+        order=case.order,
+        scale=case.scale,
+        cu_seqlens=case.documents if case.told else None,
+    )
+    assert out.dtype == case.dtype
+    out.backward(dout[:, :, own].to(case.dtype))
+    found = [out, q.grad, k.grad, v.grad]
+    dense = [expected, *(x.grad for x in whole)]
+    return max(
+        ((a.double() - b[:, :, own]).abs().max().item() for a, b in zip(found, dense, strict=True)),
+        default=0.0,
+    ) if len(own) else 0.0  # fmt: skip
+
+
+@settings(max_examples=150)
+@given(case=cases, world=st.integers(1, 4))
+def test_attention_is_exact(ranks: Ranks, case: Case, world: int) -> None:
+    assert max(ranks.run(worst_difference, case, world=world)) < TOLERANCE[case.dtype]
+
+
+def counted_bytes(mesh: DeviceMesh, case: Case) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(promised, sent) in forward and in backward."""
+    rank = mesh.get_local_rank()
+    own = longspan.positions(case.documents[-1], rank, mesh.size(), case.order)
+    *inputs, dout = (x[:, :, own].to(case.dtype) for x in tensors(case))
+    q, k, v = (x.requires_grad_() for x in inputs)
+    told = {"causal": case.causal, "order": case.order, "cu_seqlens": case.documents}
+    with CountBytes() as forward:
+        out = longspan.attend(q, k, v, mesh=mesh, **told)
+    with CountBytes() as backward:
+        out.backward(dout)
+    ring = ring_of(k, v, mesh.size(), case.order, case.causal, case.documents)
+    assert not forward.given and not backward.given
+    return tuple(
+        (sum(op.sent_bytes(rank) for op in comms(ring, rank, back)), count.total_sent)
+        for back, count in ((False, forward), (True, backward))
+    )
+
+
+@settings(max_examples=40)
+@given(case=cases, world=st.integers(1, 4))
+def test_bytes_are_what_the_schedule_says(ranks: Ranks, case: Case, world: int) -> None:
+    for forward, backward in ranks.run(counted_bytes, case, world=world):
+        assert forward[0] == forward[1]
+        assert backward[0] == backward[1]
+
+
+def half_precision(mesh: DeviceMesh) -> float:
+    case = Case((0, 40, 100), True, Order.ZIGZAG, 4, 2, 1, torch.bfloat16, True, 0.3, 1)
+    return worst_difference(mesh, case)
+
+
+def test_bfloat16(ranks: Ranks) -> None:
+    assert max(ranks.run(half_precision)) < 5e-2
+
+
+def strided(mesh: DeviceMesh) -> bool:
+    """Tensors as models make them: heads and tokens swapped, not contiguous."""
+    q = torch.randn(1, 10, 4, 8).transpose(1, 2).requires_grad_()
+    k, v = (torch.randn(1, 10, 2, 8).transpose(1, 2) for _ in range(2))
+    out = longspan.attend(q, k, v, mesh=mesh)
+    out.sum().backward()
+    plain = longspan.attend(q.contiguous(), k.contiguous(), v.contiguous(), mesh=mesh)
+    return torch.equal(out, plain)
+
+
+def test_strides_do_not_matter(ranks: Ranks) -> None:
+    assert all(ranks.run(strided))
+
+
+def refusals(mesh: DeviceMesh) -> list[str]:
+    """The messages of calls that must be refused, each on every rank alike."""
+    x = torch.randn(1, 2, 5, 8)
+    uneven = torch.randn(1, 2, 5 + 2 * mesh.get_local_rank(), 8)
+    ends = [0, 5 * mesh.size() + 99]
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    calls = [
+        lambda: longspan.attend(x, x, x, mesh=mesh, order="spiral"),
+        lambda: longspan.attend(uneven, uneven, uneven, mesh=mesh),
+        lambda: longspan.attend(x, x, x, mesh=mesh, cu_seqlens=ends),
+        lambda: longspan.attend(x, x[:, :, 1:], x[:, :, 1:], mesh=mesh),
+        lambda: longspan.attend(torch.cat([x, x[:, :1]], 1), x, x, mesh=mesh),
+        lambda: longspan.attend(x.long(), x.long(), x.long(), mesh=mesh),
+        lambda: longspan.attend(x, x, x, mesh=square),
+    ]
+    messages = []
+    for call in calls:
+        with pytest.raises(LayoutError) as caught:
+            call()
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_what_is_refused(ranks: Ranks) -> None:
+    for messages in ranks.run(refusals):
+        expected = ("unknown order", "the ranks hold [5, 7, 9, 11]", "cut it with", "fit together",
+                    "3 query heads", "floating dtype", "dp, sp: pass mesh['sp']")  # fmt: skip
+        assert len(messages) == len(expected)
+        for message, part in zip(messages, expected, strict=True):
+            assert part in message and "\n" not in message
+
+
+def check_kernel(kernel: Kernel, device: str, dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for causal, (rows, columns) in ((True, (33, 33)), (False, (20, 33)), (False, (64, 1))):
+        q, dout = (torch.randn(2, 4, rows, 16, generator=generator) for _ in range(2))
+        k, v = (torch.randn(2, 2, columns, 16, generator=generator) for _ in range(2))
+        inputs = [x.to(device, dtype) for x in (q, k, v)]
+        exact = [x.double().cpu() for x in inputs]
+        out, lse = kernel.forward(*inputs, causal=causal, scale=0.3)
+        wide_out, wide_lse = Reference().forward(*exact, causal=causal, scale=0.3)
+        assert (out.cpu() - wide_out).abs().max() < tolerance
+        assert (lse.cpu() - wide_lse).abs().max() < tolerance
+        # A block among others: out and lse are those of all keys that the query sees.
+        out, lse = out * 0.6, lse + 0.5
+        grads = kernel.backward(dout.to(out), *inputs, out, lse, causal=causal, scale=0.3)
+        wide = Reference().backward(
+            dout.double(), *exact, out.double().cpu(), lse.double().cpu(), causal=causal, scale=0.3
+        )
+        for found, expected in zip(grads, wide, strict=True):
+            largest = max(1.0, expected.abs().max().item())
+            assert (found.cpu() - expected).abs().max() < tolerance * largest
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)],
+)
+def test_cpu_flash_is_the_reference(dtype: torch.dtype, tolerance: float) -> None:
+    check_kernel(CpuFlash(), "cpu", dtype, tolerance)
+
+
+def test_reference_is_dense_attention() -> None:
+    case = Case((0, 30), True, Order.CONTIGUOUS, 4, 2, 2, torch.float64, True, 0.3, 5)
+    *inputs, dout = tensors(case)
+    q, k, v = (x.requires_grad_() for x in inputs)
+    expected, expected_lse = dense_attention(q, k, v, (0, 30), True, 0.3)
+    expected.backward(dout)
+    with torch.no_grad():
+        out, lse = Reference().forward(q, k, v, causal=True, scale=0.3)
+        grads = Reference().backward(dout, q, k, v, out, lse, causal=True, scale=0.3)
+    assert torch.allclose(out, expected, atol=1e-13)
+    assert torch.allclose(lse, expected_lse, atol=1e-13)
+    for found, x in zip(grads, (q, k, v), strict=True):
+        assert torch.allclose(found, x.grad, atol=1e-12)
+
+
+def test_reference_attends_to_nothing() -> None:
+    q, empty = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 0, 4)
+    out, lse = Reference().forward(q, empty, empty, causal=False, scale=1.0)
+    assert not out.any() and (lse == -torch.inf).all()
+
+
+def test_merge_joins_disjoint_keys() -> None:
+    q = torch.randn(1, 2, 5, 8, dtype=torch.float64)
+    k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(2))
+    whole, whole_lse = Reference().forward(q, k, v, causal=False, scale=1.0)
+    out, lse = torch.zeros_like(whole), torch.full_like(whole_lse, -torch.inf)
+    merge_(out, lse, torch.zeros_like(whole), torch.full_like(whole_lse, -torch.inf))
+    assert not out.any() and (lse == -torch.inf).all()
+    for part in (slice(0, 2), slice(2, 3), slice(3, 9)):
+        merge_(out, lse, *Reference().forward(q, k[:, :, part], v[:, :, part], causal=False, scale=1.0))
+    assert torch.allclose(out, whole, atol=1e-14) and torch.allclose(lse, whole_lse, atol=1e-14)
+
+
+def test_kernel_choice() -> None:
+    q = torch.randn(1, 2, 3, 8)
+    assert isinstance(kernel_for(q, q), CpuFlash)
+    assert isinstance(kernel_for(q, q[..., :4]), Reference)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "tolerance"),
+    [
+        (CudaFlash(), torch.bfloat16, 5e-2),
+        (CudaFlash(), torch.float16, 1e-2),
+        (CudaEfficient(), torch.float32, 1e-4),
+        (Reference(), torch.float64, 1e-12),
+    ],
+)
+def test_cuda_kernels_are_the_reference(
+    kernel: Kernel, dtype: torch.dtype, tolerance: float
+) -> None:
+    check_kernel(kernel, "cuda", dtype, tolerance)
