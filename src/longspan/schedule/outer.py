@@ -110,7 +110,8 @@ class OuterJob:
         """The same job by a method, each of which sets what defines it.
 
         "diloco" sends the whole model every ``every`` steps and waits for it, "data-parallel"
-        does so every step; "streaming" is the job as it stands.
+        does so every step; "streaming" is the job as it stands. Neither of the first two is ever
+        delayed: a delayed DiLoCo is "streaming" with all layers in one fragment.
         """
         match method:
             case "streaming":
