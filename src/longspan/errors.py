@@ -9,12 +9,15 @@ line and exits with code 2.
     ├── LayoutError       a tensor, mesh or order doesn't fit together
     ├── ModelError        a model asks for what can't be honoured exactly
     ├── LeakError         information crosses documents or flows back in time
+    ├── ClusterError      a cluster's description is wrong, or lacks what is asked of it
+    ├── ScheduleError     schedules that can't be played together
     ├── MemoryLimitError  the job doesn't fit the device
     └── CheckpointError   a checkpoint is missing, damaged or of another run
 """
 
 __all__ = [
     "CheckpointError",
+    "ClusterError",
     "ConfigError",
     "DataError",
     "LayoutError",
@@ -22,6 +25,7 @@ __all__ = [
     "LongspanError",
     "MemoryLimitError",
     "ModelError",
+    "ScheduleError",
 ]
 
 
@@ -47,6 +51,14 @@ class ModelError(LongspanError):
 
 class LeakError(LongspanError):
     """Information crosses from one document to another, or from future to past."""
+
+
+class ClusterError(LongspanError):
+    """A cluster's description is wrong, or lacks what is asked of it."""
+
+
+class ScheduleError(LongspanError):
+    """The schedules of several ranks can't be played together: they deadlock or don't match."""
 
 
 class MemoryLimitError(LongspanError):

@@ -1,13 +1,16 @@
 """The score's two kinds of op: what a rank computes, and what ranks send each other.
 
+A schedule is a rank's list of tasks: ops on lanes.
+
 An op says *what*, in flops and bytes; what that costs on a cluster, and how it is run, are told
 elsewhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Comm", "CommKind", "Compute", "Op"]
+__all__ = ["Comm", "CommKind", "Compute", "Op", "Schedule", "Task"]
 
 CommKind = Literal["send", "all_to_all", "all_gather", "reduce_scatter", "all_reduce", "broadcast"]
 
@@ -68,3 +71,21 @@ class Comm:
 
 
 Op = Compute | Comm
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """An op in a rank's schedule, on one of the rank's lanes ("compute", "comm", …).
+
+    A lane does one task at a time, in the order of the list; lanes run side by side. ``after``
+    are the places in the same list of tasks of other lanes that must be done first. The n-th
+    communication of a kind among the same ranks is one and the same on all of them.
+    """
+
+    op: Op
+    lane: str = "compute"
+    after: tuple[int, ...] = ()
+    name: str = ""
+
+
+Schedule = Sequence[Task]

@@ -1,0 +1,29 @@
+"""How a benchmark ends: one line of JSON, and a dated log of what it found."""
+
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+__all__ = ["conclude"]
+
+RECORDS = Path(__file__).parent / "records"
+
+
+def conclude(
+    name: str, figures: dict[str, Any], targets: dict[str, Any], holds: bool, log: str = ""
+) -> None:
+    """Print the result as the last line, and keep it with ``log`` under ``records/``."""
+    result = {"name": name, "figures": figures, "targets": targets, "holds": holds}
+    now = datetime.now(UTC)
+    command = " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
+    where = f"{platform.machine()}, Python {platform.python_version()}"
+    RECORDS.mkdir(exist_ok=True)
+    path = RECORDS / f"{now:%Y-%m-%d}-{name}.log"
+    path.write_text(
+        f"{now:%Y-%m-%d %H:%M} UTC, {where}\n$ {command}\n{log}{json.dumps(result)}\n",
+        encoding="utf-8",
+    )
+    print(json.dumps(result))

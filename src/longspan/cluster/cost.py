@@ -1,0 +1,149 @@
+"""What an op costs on a cluster, in seconds. It knows ops and wires, and no technique.
+
+A collective is the messages that its algorithm sends, as NCCL and gloo send them:
+
+==============  ==================================================  ==========================
+all_gather      ring: each hop carries all but one contribution     n−1 hops one after another
+reduce_scatter  ring: each hop carries all but one share            n−1 hops
+all_reduce      ring: a reduce-scatter and an all-gather            2(n−1) hops
+broadcast       chain in the order of the ranks, in pieces          n−1 hops
+all_to_all      each pair directly, all at once                     the slowest pair's latency
+send            one message                                         its latency
+==============  ==================================================  ==========================
+
+Every message loads the pipes on its way (``fabric``), and the op takes as long as its busiest
+pipe does, after the latency. So a ring over several nodes loads each node's network once each
+way, whatever the ranks inside, if the op's ranks come node by node.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longspan.cluster.fabric import Fabric, Floats, Ints
+from longspan.cluster.spec import Cluster, Device
+from longspan.errors import ClusterError
+from longspan.schedule.ops import Comm, Compute, Op
+
+__all__ = ["Demand", "demand", "seconds", "traffic"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Demand:
+    """What a communication asks of the wires.
+
+    ``bytes`` pass each of ``pipes`` after ``latency_s``; alone that takes ``transfer_s``.
+    ``message_bytes`` is its largest message: where ops share a pipe, messages get equal shares.
+    """
+
+    latency_s: float
+    pipes: Ints
+    bytes: Floats
+    transfer_s: float
+    message_bytes: float
+
+
+def seconds(op: Op, cluster: Cluster, ranks: Sequence[int] | None = None) -> float:
+    """How long ``op`` takes on an otherwise idle cluster.
+
+    ``ranks`` says where: for a Compute the ranks that run it, of which the slowest counts (all of
+    them by default); for a Comm the cluster's rank for each place in ``op.ranks``, where those
+    aren't the cluster's ranks themselves. Raises ClusterError if a rank or a rate isn't there.
+    """
+    if isinstance(op, Comm):
+        if ranks is not None:
+            if len(ranks) != len(op.ranks):
+                raise ClusterError(f"{op.kind} among {len(op.ranks)} ranks, given {len(ranks)}")
+            op = Comm(op.kind, tuple(ranks), op.sizes)
+        asked = demand(op, cluster)
+        return asked.latency_s + asked.transfer_s
+    if ranks is None:
+        devices = {kind: cluster.devices[kind] for kind in cluster.kinds}
+    else:
+        devices = {
+            cluster.kinds[rank]: device for rank in ranks if (device := cluster.device(rank))
+        }
+    return max(_compute_seconds(op, kind, device) for kind, device in devices.items())
+
+
+def traffic(ops: Iterable[Comm], cluster: Cluster) -> dict[str, float]:
+    """Bytes that ``ops`` put on each pipe, by its name ("node 0 out", "site 1 in", …)."""
+    total = np.zeros(len(cluster.fabric.names))
+    for op in ops:
+        asked = demand(op, cluster)
+        total[asked.pipes] += asked.bytes
+    return {cluster.fabric.names[pipe]: float(total[pipe]) for pipe in np.flatnonzero(total)}
+
+
+def demand(op: Comm, cluster: Cluster) -> Demand:
+    """What ``op`` asks of the wires of ``cluster``.
+
+    Raises ClusterError if its ranks aren't the cluster's, or its sizes don't fit its ranks.
+    """
+    _check(op, cluster)
+    fabric = cluster.fabric
+    ranks = np.array(op.ranks, dtype=np.int64)
+    sizes = np.array(op.sizes, dtype=np.float64)
+    n = len(ranks)
+    if n == 1:
+        return Demand(0.0, np.empty(0, np.int64), np.empty(0), 0.0, 0.0)
+    source, target = ranks, np.roll(ranks, -1)
+    match op.kind:
+        case "send" | "broadcast":
+            source, target = ranks[:-1], ranks[1:]
+            amount = np.full(n - 1, sizes[0])
+            latency = float(fabric.latency(source, target).sum())
+        case "all_gather":
+            amount = sizes.sum() - np.roll(sizes, -1)
+            latency = _ring_latency(fabric, source, target, skipped=1)
+        case "reduce_scatter":
+            amount = sizes.sum() - sizes
+            latency = _ring_latency(fabric, source, target, skipped=1)
+        case "all_reduce":
+            amount = np.full(n, 2 * (n - 1) * sizes[0] / n)
+            latency = _ring_latency(fabric, source, target, skipped=2)
+        case "all_to_all":
+            table = sizes.reshape(n, n).copy()
+            np.fill_diagonal(table, 0)
+            row, column = np.nonzero(table)
+            source, target, amount = ranks[row], ranks[column], table[row, column]
+            latency = float(fabric.latency(source, target).max(initial=0))
+    spread = op.kind not in ("send", "all_to_all")
+    pipes, load = fabric.load(source, target, amount, spread=spread)
+    transfer = float((load / fabric.capacity[pipes]).max(initial=0))
+    return Demand(latency, pipes, load, transfer, float(amount.max(initial=0)))
+
+
+def _ring_latency(fabric: Fabric, source: Ints, target: Ints, skipped: int) -> float:
+    # A piece goes round the ring once (twice in an all-reduce) but for the hops it need not take.
+    # The longest way leaves out the quickest ones, and no way takes a slow hop more often.
+    hops = fabric.latency(source, target)
+    left_out = hops if skipped == 1 else hops + np.roll(hops, -1)
+    return float(skipped * hops.sum() - left_out.min())
+
+
+def _compute_seconds(op: Compute, kind: str, device: Device) -> float:
+    rate = device.rate(op.kind, op.dtype)
+    if op.flops and rate is None:
+        raise ClusterError(
+            f"device {kind!r} has no rate for {op.kind} in {op.dtype}: "
+            "add one to its peak or measured rates"
+        )
+    busy = op.flops / rate if rate else 0.0
+    return device.overhead_s + max(busy, op.bytes / device.bytes_per_s)
+
+
+def _check(op: Comm, cluster: Cluster) -> None:
+    n = len(op.ranks)
+    what = f"{op.kind} among ranks {', '.join(map(str, op.ranks[:8]))}{', …' * (n > 8)}"
+    if not n or min(op.ranks) < 0 or max(op.ranks) >= cluster.ranks:
+        raise ClusterError(f"{what}: the cluster has ranks 0 to {cluster.ranks - 1}")
+    if len(set(op.ranks)) < n:
+        raise ClusterError(f"{what}: a rank is named twice")
+    if op.kind == "send" and n != 2:
+        raise ClusterError(f"{what}: a send has two ranks")
+    per_rank = {"all_gather": n, "reduce_scatter": n, "all_to_all": n * n}
+    needed = per_rank.get(op.kind, 1)
+    if len(op.sizes) != needed or min(op.sizes) < 0:
+        raise ClusterError(f"{what}: needs {needed} sizes, none below zero; has {len(op.sizes)}")

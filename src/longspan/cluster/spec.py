@@ -1,0 +1,235 @@
+"""The cluster: devices in nodes in sites, and the links between them; YAML in and out.
+
+Ranks are numbered site by site, node by node, device by device. Clusters may be uneven: each
+node has its own devices and links. ``count`` repeats a site or a node that is alike.
+"""
+
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import numpy as np
+import yaml
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from longspan.cluster.fabric import Fabric, Link
+from longspan.errors import ClusterError
+
+__all__ = [
+    "Cluster",
+    "Device",
+    "Node",
+    "Site",
+    "presets",
+    "read_cluster",
+    "uniform",
+    "write_cluster",
+]
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rates = dict[str, dict[str, Rate]]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Device(_Part):
+    """A kind of device: its memory, and the rates it computes at.
+
+    ``peak`` and ``measured`` are flops a second by op kind ("matmul", "attention", …) and dtype
+    (torch's names); what was measured is believed before what was promised, and a kind without
+    rates of its own runs at matmul's. ``bytes_per_s`` is its memory's rate, ``overhead_s`` what
+    every op costs before it starts.
+    """
+
+    memory_bytes: ByteSize = Field(gt=0)
+    bytes_per_s: Rate
+    peak: Rates = {}
+    measured: Rates = {}
+    overhead_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    source: str = ""
+
+    def rate(self, kind: str, dtype: str) -> float | None:
+        """Flops a second of an op kind in a dtype, or None where nothing is known of it."""
+        for name in (kind, "matmul"):
+            for rates in (self.measured, self.peak):
+                if dtype in rates.get(name, {}):
+                    return rates[name][dtype]
+        return None
+
+
+class Node(_Part):
+    """``count`` alike machines: how many ``devices`` of which kind, in the order of their ranks.
+
+    ``link`` joins device to device inside it, ``network`` joins it to other nodes.
+    """
+
+    devices: dict[str, PositiveInt] = Field(min_length=1)
+    link: Link | None = None
+    network: Link | None = None
+    count: PositiveInt = 1
+    name: str = ""
+
+
+class Site(_Part):
+    """``count`` alike sites: their nodes, and the ``uplink`` that joins one to other sites."""
+
+    nodes: tuple[Node, ...] = Field(min_length=1)
+    uplink: Link | None = None
+    count: PositiveInt = 1
+    name: str = ""
+
+
+class Cluster(_Part):
+    """Sites, their nodes, and the kinds of device that the nodes name."""
+
+    devices: dict[str, Device]
+    sites: tuple[Site, ...] = Field(min_length=1)
+    name: str = ""
+    source: str = ""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for i, site in enumerate(self.sites):
+            if len(self._all_sites) > 1 and site.uplink is None:
+                raise ValueError(f"sites.{i}: a site among several needs an uplink")
+            if site.uplink and site.uplink.device_bytes_per_s:
+                raise ValueError(f"sites.{i}.uplink: device_bytes_per_s is for a node's network")
+            for j, node in enumerate(site.nodes):
+                where = f"sites.{i}.nodes.{j}"
+                for kind in node.devices:
+                    if kind not in self.devices:
+                        known = ", ".join(self.devices) or "none"
+                        raise ValueError(f"{where}: no device kind {kind!r} (known: {known})")
+                if sum(node.devices.values()) > 1 and node.link is None:
+                    raise ValueError(f"{where}: a node of several devices needs a link")
+                if node.link and node.link.device_bytes_per_s:
+                    raise ValueError(f"{where}.link: device_bytes_per_s is for a node's network")
+                if sum(x.count for x in site.nodes) > 1 and node.network is None:
+                    raise ValueError(f"{where}: a node among several needs a network")
+        return self
+
+    @cached_property
+    def _all_sites(self) -> list[Site]:
+        return [site for site in self.sites for _ in range(site.count)]
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """Every node, in the order of ranks."""
+        return tuple(
+            node for site in self._all_sites for node in site.nodes for _ in range(node.count)
+        )
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """Name of the device kind of every rank."""
+        return tuple(
+            kind for node in self.nodes for kind, n in node.devices.items() for _ in range(n)
+        )
+
+    @property
+    def ranks(self) -> int:
+        """How many devices there are."""
+        return len(self.kinds)
+
+    def device(self, rank: int) -> Device:
+        """The device of a rank; ClusterError if there is no such rank."""
+        if not 0 <= rank < self.ranks:
+            raise ClusterError(f"there is no rank {rank} in a cluster of {self.ranks} devices")
+        return self.devices[self.kinds[rank]]
+
+    @cached_property
+    def fabric(self) -> Fabric:
+        """Its wires."""
+        site_of = [
+            index
+            for index, site in enumerate(self._all_sites)
+            for _ in range(sum(node.count for node in site.nodes))
+        ]
+        nodes = [
+            (site, sum(node.devices.values()), node.link, node.network)
+            for site, node in zip(site_of, self.nodes, strict=True)
+        ]
+        return Fabric.build(nodes, [site.uplink for site in self._all_sites])
+
+    def ranks_of_node(self, index: int) -> tuple[int, ...]:
+        """The ranks of the ``index``-th node."""
+        return tuple(int(rank) for rank in np.flatnonzero(self.fabric.node == index))
+
+    def ranks_of_site(self, index: int) -> tuple[int, ...]:
+        """The ranks of the ``index``-th site."""
+        return tuple(int(rank) for rank in np.flatnonzero(self.fabric.site == index))
+
+
+def uniform(
+    device: Device,
+    *,
+    devices: int = 1,
+    nodes: int = 1,
+    sites: int = 1,
+    link: Link | None = None,
+    network: Link | None = None,
+    uplink: Link | None = None,
+) -> Cluster:
+    """A cluster of ``sites`` × ``nodes`` × ``devices`` that are all alike.
+
+    Raises ClusterError if a link is missing.
+    """
+    node = {"devices": {"device": devices}, "link": link, "network": network, "count": nodes}
+    site = {"nodes": [node], "uplink": uplink, "count": sites}
+    return _cluster({"devices": {"device": device}, "sites": [site]}, "uniform cluster")
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the clusters that come with longspan."""
+    folder = resources.files("longspan.cluster") / "presets"
+    return tuple(sorted(file.name.removesuffix(".yaml") for file in folder.iterdir()))
+
+
+def read_cluster(source: str | Path) -> Cluster:
+    """The cluster of a YAML file, or of a preset's name.
+
+    Raises ClusterError, in one line, if there is no such file or what it says is wrong.
+    """
+    if str(source) in presets():
+        text = (resources.files("longspan.cluster") / "presets" / f"{source}.yaml").read_text()
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ClusterError(
+                f"no cluster at {path}: give a YAML file or one of {', '.join(presets())}"
+            )
+        text = path.read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ClusterError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    return _cluster(values, str(source))
+
+
+def write_cluster(cluster: Cluster, path: Path) -> None:
+    """Write a cluster as YAML, without what is left at its default."""
+    values = cluster.model_dump(mode="json", exclude_defaults=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _cluster(values: Any, where: str) -> Cluster:
+    try:
+        return Cluster.model_validate(values)
+    except ValidationError as error:
+        first, *rest = error.errors(include_url=False)
+        place = ".".join(str(part) for part in first["loc"])
+        more = f" (and {len(rest)} more)" if rest else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise ClusterError(f"{where}: {place + ': ' if place else ''}{message}{more}") from None
