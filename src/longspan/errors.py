@@ -10,6 +10,7 @@ line and exits with code 2.
     ├── ModelError        a model asks for what can't be honoured exactly
     ├── LeakError         information crosses documents or flows back in time
     ├── MemoryLimitError  the job doesn't fit the device
+    ├── LabError          the emulated cluster can't be built, reached or run
     └── CheckpointError   a checkpoint is missing, damaged or of another run
 """
 
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "LabError",
     "LayoutError",
     "LeakError",
     "LongspanError",
@@ -51,6 +53,10 @@ class LeakError(LongspanError):
 
 class MemoryLimitError(LongspanError):
     """The job doesn't fit the memory of a device."""
+
+
+class LabError(LongspanError):
+    """The emulated cluster can't be built on this machine, reached, or run."""
 
 
 class CheckpointError(LongspanError):
