@@ -26,6 +26,8 @@ from longspan.lab.spec import LabSpec
 __all__ = ["LinkBytes", "Network", "address", "namespace", "remove_network", "require_network"]
 
 NAMESPACES = Path("/run/netns")
+# `ip netns exec` lays what is here over /etc: so nodes know each other by name.
+FILES = Path("/etc/netns")
 MTU = 9000
 # A bucket holds one jumbo frame, or what passes in 130 µs, which is how late a timer may come:
 # more would let the first bytes of each message through for nothing.
@@ -133,8 +135,14 @@ class Network:
             self._bridge("core")
             for site in range(spec.sites):
                 self._uplink(site, spec)
+        hosts = Path("/etc/hosts").read_text(encoding="utf-8").rstrip("\n")
+        for node in range(spec.nodes):
+            hosts += f"\n{address(node)} node{node}\n::ffff:{address(node)} node{node}"
         for node in range(spec.nodes):
             self._node(node, spec)
+            with suppress(OSError):  # a read-only /etc: nodes go by their addresses
+                (FILES / namespace(self.lab, node)).mkdir(parents=True)
+                (FILES / namespace(self.lab, node) / "hosts").write_text(f"{hosts}\n")
 
     def _bridge(self, name: str) -> None:
         self._ip(
@@ -218,6 +226,8 @@ class Network:
 
 def remove_network(lab: str) -> None:
     """End every process in a lab's namespaces, and remove them with all that is in them."""
+    for path in FILES.glob(f"longspan-{lab}-*"):
+        shutil.rmtree(path, ignore_errors=True)
     if not NAMESPACES.is_dir():
         return
     for path in sorted(NAMESPACES.glob(f"longspan-{lab}-*")):
