@@ -137,10 +137,13 @@ def _limit(device: Device, share: float | None, memory: int | None) -> None:
             (ram / "memory.swap.max").write_text("0")
 
 
-def remove_devices(lab: str, cgroups: Cgroups | None = None) -> None:
-    """End every process on a lab's devices, and remove their cgroups."""
+def remove_devices(lab: str) -> None:
+    """End every process on a lab's devices, and remove their cgroups.
+
+    Raises LabError if a process won't end.
+    """
     try:
-        cgroups = cgroups or find_cgroups()
+        cgroups = find_cgroups()
     except LabError:
         return
     for root in cgroups.roots:
@@ -151,7 +154,7 @@ def remove_devices(lab: str, cgroups: Cgroups | None = None) -> None:
 
 def _remove(folder: Path) -> None:
     """Killed processes leave their cgroup a little later, so try for a while."""
-    for _ in range(200):
+    for _ in range(500):
         with suppress(FileNotFoundError, ProcessLookupError):
             for pid in (folder / "cgroup.procs").read_text().split():
                 os.kill(int(pid), signal.SIGKILL)
@@ -163,3 +166,4 @@ def _remove(folder: Path) -> None:
             time.sleep(0.01)
         else:
             return
+    raise LabError(f"{folder} can't be removed: processes in it don't end")

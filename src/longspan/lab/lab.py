@@ -5,9 +5,9 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from longspan.errors import LabError
 from longspan.lab.device import Device, make_devices
@@ -18,6 +18,9 @@ from longspan.lab.state import claim, release, sweep
 from longspan.lab.units import Amount, parse_rate
 
 __all__ = ["Lab"]
+
+_STOPPERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_Handler = Callable[[int, FrameType | None], object]
 
 
 class Lab:
@@ -41,16 +44,18 @@ class Lab:
             raise LabError(f"{self.name!r} can't name a lab: use up to 20 of a-z and 0-9")
         self._network = Network(self.name)
         self._devices: list[Device] = []
-        self._handlers: dict[signal.Signals, signal.Handlers] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         require_network(latency=self.spec.latency_s > 0 or self.spec.site_latency_s > 0)
         sweep()
-        self._handle_signals()
+        # Signals that would end the process at once are to end the block first.
+        deadly = [number for number in _STOPPERS if signal.getsignal(number) is signal.SIG_DFL]
+        self._handle(deadly, _leave)
         try:
             claim(self.name, self.spec)
         except BaseException:
-            self._restore_signals()
+            self._restore()
             raise
         try:
             self._devices = make_devices(self.name, self.spec)
@@ -69,25 +74,25 @@ class Lab:
         self._close()
 
     def _close(self) -> None:
-        # A second Ctrl-C must not stop the cleaning half way.
-        stoppers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, stoppers)
+        # A second Ctrl-C must not stop the cleaning half way: it is heard afterwards.
+        waiting: list[int] = []
+        self._handle(_STOPPERS, lambda number, frame: waiting.append(number))
         try:
             release(self.name)
         finally:
-            self._restore_signals()
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self._restore()
+            for number in waiting:
+                signal.raise_signal(number)
 
-    def _handle_signals(self) -> None:
-        """Let signals that would end the process at once end the block first."""
+    def _handle(self, numbers: Iterable[signal.Signals], handler: _Handler) -> None:
+        """Handle signals for a while; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, _leave)
-                self._handlers[number] = signal.SIG_DFL
+        for number in numbers:
+            before = signal.signal(number, handler)
+            self._handlers.setdefault(number, before)
 
-    def _restore_signals(self) -> None:
+    def _restore(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()

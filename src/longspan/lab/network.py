@@ -67,6 +67,7 @@ def _run(*command: str, lines: list[str] | None = None) -> str:
         stdin=subprocess.DEVNULL if lines is None else None,
         capture_output=True,
         text=True,
+        process_group=0,  # Ctrl-C is for the lab; it must not stop the cleaning
     )
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[0]
@@ -80,30 +81,27 @@ def require_network(*, latency: bool = False) -> None:
         raise LabError("a lab needs Linux, with its network namespaces")
     if os.geteuid() != 0:
         raise LabError("a lab needs root, to make network namespaces: run it with sudo")
-    for tool, package in (("ip", "iproute2"), ("tc", "iproute2"), ("setpriv", "util-linux")):
+    tools = {"ip": "iproute2", "tc": "iproute2", "setpriv": "util-linux", "unshare": "util-linux"}
+    for tool, package in tools.items():
         if not shutil.which(tool):
             raise LabError(f"a lab needs `{tool}`: install {package} (apt-get install {package})")
-    trial = f"longspan-trial-{os.getpid()}"
     try:
-        _run("ip", "netns", "add", trial)
+        _run("unshare", "--net", "true")
     except LabError as error:
         raise LabError(
             f"network namespaces can't be made here ({error}): a container needs"
             f" CAP_SYS_ADMIN and CAP_NET_ADMIN"
         ) from None
-    try:
-        trials = [("tbf", "rate 1mbit burst 10kb limit 1mb", "shaped")]
-        trials += [("netem", "delay 1ms", "given latency")] if latency else []
-        for kind, options, done in trials:
-            try:
-                add = ["qdisc", "replace", "dev", "lo", "root", kind, *options.split()]
-                _run("tc", "-n", trial, *add)
-            except LabError:
-                raise LabError(
-                    f"links can't be {done} here: this kernel has no `{kind}` (sch_{kind})"
-                ) from None
-    finally:
-        _run("ip", "netns", "del", trial)
+    trials = [("tbf", "rate 1mbit burst 10kb limit 1mb", "shaped")]
+    trials += [("netem", "delay 1ms", "given latency")] if latency else []
+    for kind, options, done in trials:
+        try:
+            words = f"unshare --net tc qdisc replace dev lo root {kind} {options}"
+            _run(*words.split())
+        except LabError:
+            raise LabError(
+                f"links can't be {done} here: this kernel has no `{kind}` (sch_{kind})"
+            ) from None
 
 
 def _shape(device: str, bits_per_s: float | None, latency_s: float = 0.0) -> list[str]:
@@ -225,15 +223,21 @@ class Network:
 
 
 def remove_network(lab: str) -> None:
-    """End every process in a lab's namespaces, and remove them with all that is in them."""
+    """End every process in a lab's namespaces, and remove them with all that is in them.
+
+    Raises LabError if one can't be removed.
+    """
     for path in FILES.glob(f"longspan-{lab}-*"):
         shutil.rmtree(path, ignore_errors=True)
     if not NAMESPACES.is_dir():
         return
     for path in sorted(NAMESPACES.glob(f"longspan-{lab}-*")):
         _end_processes(path.name)
-        with suppress(LabError):  # another command may be removing it too
+        try:
             _run("ip", "netns", "del", path.name)
+        except LabError:
+            if path.exists():  # else another command has removed it
+                raise
 
 
 def _end_processes(name: str) -> None:

@@ -83,26 +83,29 @@ def _environment(spec: LabSpec, rank: int, extra: Mapping[str, str]) -> dict[str
 
 
 class _Rank:
-    """One process, and the threads that read what it says."""
+    """One process, and the threads that read what it says and wait for its end."""
 
     def __init__(
-        self, lab: str, spec: LabSpec, rank: int, command: Sequence[str],
-        env: Mapping[str, str], device: Device | None, echo: bool,
-    ) -> None:  # fmt: skip
+        self,
+        lab: str,
+        spec: LabSpec,
+        rank: int,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        device: Device | None,
+        echo: bool,
+    ) -> None:
         self.rank = rank
         self.node, local = divmod(rank, spec.ranks)
         self.device = device
         self.kills = device.memory_kills() if device else 0
         # The shell enters the cgroup, then becomes the command, so nothing runs outside it. The
         # kernel ends the command should the lab's owner be killed.
-        enter = (
-            [f"echo $$ > {shlex.quote(str(path))}" for path in device.entries if device]
-            if device
-            else []
-        )
-        become = f'exec setpriv --pdeathsig KILL ip netns exec {namespace(lab, self.node)} "$@"'
+        entries = device.entries if device else ()
+        script = "".join(f"echo $$ > {shlex.quote(str(path))} && " for path in entries)
+        script += f'exec setpriv --pdeathsig KILL ip netns exec {namespace(lab, self.node)} "$@"'
         self.process = subprocess.Popen(
-            ["sh", "-c", " && ".join([*enter, become]), "sh", *command],
+            ["sh", "-c", script, "sh", *command],
             env=_environment(spec, rank, env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -113,6 +116,13 @@ class _Rank:
         assert self.process.stdout and self.process.stderr
         self.stdout = _Listener(self.process.stdout, sys.stdout if echo else None, prefix)
         self.stderr = _Listener(self.process.stderr, sys.stderr if echo else None, prefix)
+        self.ended_s = float("inf")
+        self._waiter = threading.Thread(target=self._wait, daemon=True)
+        self._waiter.start()
+
+    def _wait(self) -> None:
+        self.process.wait()
+        self.ended_s = time.monotonic()
 
     def signal(self, number: int) -> None:
         """Send a signal to the process and those it started."""
@@ -122,7 +132,7 @@ class _Rank:
     @property
     def exit_code(self) -> int | None:
         """None while it runs."""
-        code = self.process.poll()
+        code = self.process.returncode
         return code if code is None or code >= 0 else 128 - code
 
     def outcome(self) -> RankOutcome:
@@ -234,5 +244,6 @@ class Job:
         return Outcome(ranks, links, seconds, code, first)
 
     def _failed(self) -> int | None:
-        """A rank that has ended badly."""
-        return next((rank.rank for rank in self._ranks if rank.exit_code), None)
+        """The first rank that ended badly."""
+        failed = [rank for rank in self._ranks if rank.exit_code]
+        return min(failed, key=lambda rank: rank.ended_s).rank if failed else None

@@ -67,9 +67,12 @@ def claim(name: str, spec: LabSpec) -> LabState:
 
 
 def release(name: str) -> None:
-    """Remove processes, devices and network of a lab, and then its file."""
-    remove_devices(name)
+    """Remove processes, network and devices of a lab, and then its file.
+
+    Raises LabError if something can't be removed; the file stays, so that it is tried again.
+    """
     remove_network(name)
+    remove_devices(name)
     (FOLDER / f"{name}.json").unlink(missing_ok=True)
 
 
