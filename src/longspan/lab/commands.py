@@ -41,7 +41,7 @@ def _share(text: str) -> float:
 
 @app.command(context_settings={"allow_interspersed_args": False})
 def run(
-    command: Annotated[list[str], typer.Argument(metavar="-- CMD…", help="What ranks run.")],
+    command: Annotated[list[str], typer.Argument(metavar="CMD", help="What ranks run; after --.")],
     nodes: Annotated[int, typer.Option(help="How many nodes.")] = 2,
     ranks: Annotated[int, typer.Option(help="Ranks on each node.")] = 1,
     sites: Annotated[int, typer.Option(help="Sites that the nodes are dealt over.")] = 1,

@@ -89,8 +89,10 @@ class Lab:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in numbers:
-            before = signal.signal(number, handler)
-            self._handlers.setdefault(number, before)
+            before = signal.getsignal(number)
+            if before is not None:  # None: another language's handler, which can't be put back
+                signal.signal(number, handler)
+                self._handlers.setdefault(number, before)
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
