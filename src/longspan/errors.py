@@ -12,6 +12,7 @@ line and exits with code 2.
     ├── ClusterError      a cluster's description is wrong, or lacks what is asked of it
     ├── ScheduleError     schedules that can't be played together
     ├── MemoryLimitError  the job doesn't fit the device
+    ├── LabError          the emulated cluster can't be built, reached or run
     └── CheckpointError   a checkpoint is missing, damaged or of another run
 """
 
@@ -20,6 +21,7 @@ __all__ = [
     "ClusterError",
     "ConfigError",
     "DataError",
+    "LabError",
     "LayoutError",
     "LeakError",
     "LongspanError",
@@ -63,6 +65,10 @@ class ScheduleError(LongspanError):
 
 class MemoryLimitError(LongspanError):
     """The job doesn't fit the memory of a device."""
+
+
+class LabError(LongspanError):
+    """The emulated cluster can't be built on this machine, reached, or run."""
 
 
 class CheckpointError(LongspanError):

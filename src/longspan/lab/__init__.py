@@ -1,0 +1,1 @@
+"""An emulated slow cluster on one Linux machine: shaped links, devices of fixed speed."""
