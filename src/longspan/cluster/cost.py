@@ -11,6 +11,8 @@ all_to_all      each pair directly, all at once                     the slowest 
 send            one message                                         its latency
 ==============  ==================================================  ==========================
 
+Gloo's broadcast is a binomial tree instead, and its reduce-scatter an all-reduce of the whole.
+
 Every message loads the pipes on its way (``fabric``), and the op takes as long as its busiest
 pipe does, after the latency. So a ring over several nodes loads each node's network once each
 way, whatever the ranks inside, if the op's ranks come node by node.

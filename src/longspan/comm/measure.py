@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.comm.exchange import exchange
+from longspan.comm.rings import ring_all_gather, ring_reduce_scatter
 from longspan.schedule.ops import Comm
 
 __all__ = ["Stopwatch"]
@@ -105,10 +107,14 @@ class Stopwatch:
             case "all_gather":
                 own = self._empty(op.sizes[place])
                 parts = [self._empty(size) for size in op.sizes]
+                if self.device.type == "cpu":
+                    return lambda: ring_all_gather(parts, group)
                 return lambda: dist.all_gather(parts, own, group=group)
             case "reduce_scatter":
                 kept = self._empty(op.sizes[place])
                 whole = [self._empty(size) for size in op.sizes]
+                if self.device.type == "cpu":
+                    return lambda: ring_reduce_scatter(whole, group)
                 return lambda: dist.reduce_scatter(kept, whole, group=group)
             case "all_to_all":
                 sent = op.sizes[place * world : (place + 1) * world]
@@ -117,9 +123,7 @@ class Stopwatch:
                     torch.zeros(sum(sizes), dtype=torch.uint8, device=self.device)
                     for sizes in (sent, received)
                 )
-                return lambda: dist.all_to_all_single(
-                    target, source, list(received), list(sent), group=group
-                )
+                return lambda: exchange(target, source, received, sent, group).wait()
 
 
 def _nothing() -> None:

@@ -41,7 +41,8 @@ def start(
     """
     moving = UnderWay(sent=outgoing)
     ops: list[dist.P2POp] = []
-    for transfer in transfers:
+    # Receives first: Gloo announces them over the same connection that the sends fill.
+    for transfer in sorted(transfers, key=lambda t: t.sender == group.rank()):
         if transfer.sender == group.rank():
             assert outgoing is not None
             op = dist.P2POp(dist.isend, outgoing, group=group, group_peer=transfer.receiver)

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from longspan.comm.rings import use_rings
 from longspan.errors import ConfigError
 from longspan.models.transformers import patch
 from longspan.train.config import Config
@@ -82,4 +83,6 @@ def parallelize(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Pre
             module.set_gradient_divide_factor(1.0)
             # Without it Gloo averages, whatever the factor.
             module.set_force_sum_reduction_for_comms(True)
+    if mesh.device_type == "cpu":
+        use_rings(model)
     return model
