@@ -1,7 +1,7 @@
 """From a probe's trace to a Cluster: the simulation read backwards.
 
-Every figure is a median of repeats. A link's latency is a ping's; between nodes its rate is that
-of its largest message once the latency is taken off. A node's rate out is the best it reached
+A link's latency is the quickest ping's; all else is a median of repeats. Between nodes a link's
+rate is that of its largest message once the latency is taken off. A node's rate out is the best it reached
 towards any other node, and likewise in: what is less than that was the other end's. Inside a
 node, where copies and sums count too, it is the median rate of all its sends and collectives.
 """
@@ -86,7 +86,7 @@ class _Links:
         self.inside: dict[int, list[float]] = defaultdict(list)
         for note in notes:
             if note.kind == "ping":
-                self.latency[frozenset(note.about["ranks"])] = median(note.about["seconds"])
+                self.latency[frozenset(note.about["ranks"])] = min(note.about["seconds"])
         for ops, duration in timings(notes):
             first, *_ = ops
             if len({self.node[rank] for rank in first.ranks}) == 1:
