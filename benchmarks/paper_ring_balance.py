@@ -64,7 +64,7 @@ def machine() -> Cluster:
 
 
 class PeerKernels:
-    """The kernels of that library's rounds: flash attention's, then one elementwise op at a time."""
+    """The kernels of that library's rounds: flash attention's, then elementwise ones."""
 
     def begin(self, backward: bool) -> list[Named]:
         """Keys and values are made one tensor."""
