@@ -1,6 +1,5 @@
 """A predicted ring attention for the terminal: verdict, orders side by side, the next command."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -76,8 +75,7 @@ def _pipe(name: str) -> str:
     if not name:
         return "none"
     level, index, way = name.split()
-    where = {"device": "device", "share": "network of rank"}.get(level, level)
-    return f"{where} {index} {way}"
+    return f"rank {index} NIC {way}" if level == "share" else f"{level} {index} {way}"
 
 
 def _table(first: str, found: Mapping[Order, RingPrediction]) -> Table:
@@ -94,7 +92,7 @@ def _orders(found: Mapping[Order, RingPrediction]) -> Table:
     table.add_row("time", *(_seconds(one.seconds) for one in ones))
     table.add_row("sent, all ranks", *(size(one.sent_bytes) for one in ones))
     table.add_row("between nodes", *(size(one.between_nodes_bytes) for one in ones))
-    table.add_row("work, busiest rank / mean", *(f"{one.imbalance:.2f}" for one in ones))
+    table.add_row("work, most / mean", *(f"{one.imbalance:.2f}" for one in ones))
     table.add_row("busiest link", *(_pipe(one.busiest_pipe[0]) for one in ones))
     table.add_row("  at work", *(percent(one.busiest_pipe[1]) for one in ones))
     return table
@@ -119,4 +117,4 @@ def _next(command: str, chosen: Order, best: Order, drawn: Path | None) -> str:
         return f"{command} --order {best}"
     if drawn is None:
         return f"{command} --order {chosen} --timeline ring.svg"
-    return f"longspan train config.yaml --set parallel.order={shlex.quote(chosen)}"
+    return f"longspan train config.yaml --set parallel.order={chosen}"

@@ -1,6 +1,7 @@
 """The commands ``longspan simulate outer | paper | ring``."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -149,7 +150,9 @@ def ring(
 
     from longspan.commands.ring_table import ring_verdict
 
-    options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items())
+    options = " ".join(
+        f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in settings.items()
+    )
     Console(highlight=False, soft_wrap=True).print(
         ring_verdict(found, chosen, f"longspan simulate ring {options}", timeline)
     )

@@ -62,14 +62,18 @@ def timeline(rows: Iterable[Row]) -> str:
             parts.append(svg.place(_LEFT, y, draw(mine, hues, total, width, row - 1, columns)))
             y += row
         y += 6
-    title = f"Timeline of {count(len(ranks))} rank{'s' * (len(ranks) > 1)}"
-    told = f"{duration(total)}, {count(len(spans))} spans"
+    title = f"Timeline of {_counted(len(ranks), 'rank')}"
+    told = f"{duration(total)}, {_counted(len(spans), 'span')}"
     if len(shown) < len(ranks):
         told += f"; {len(shown)} of {len(ranks)} ranks are drawn"
     heading = svg.text(20, 34, title, "title") + svg.text(_WIDTH - _RIGHT, 34, told, "", "end")
     described = f"{told}. {_described(spans, ranks)}"
     inside = (heading, legend, *parts, _axis(total, width, y))
     return svg.svg(_WIDTH, y + 44, title, described, *inside, colours=svg.LIGHT, dark=svg.DARK)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{count(number)} {what}{'s' * (number != 1)}"
 
 
 def _can_be_drawn(span: Span) -> bool:
