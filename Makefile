@@ -21,8 +21,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
+# One after the other, so that none disturbs another's times.
 bench: $(STAMP)
-	@ls benchmarks/*.py | grep -v __init__ | sed 's|benchmarks/\(.*\)\.py|$(BIN)/python -m benchmarks.\1|'
+	@for file in $$(grep -l '^def main' benchmarks/*.py); do \
+		echo "== $$file"; $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
 # Debian leaves the venv module out of python3; where it is missing, root can mend it.
 $(STAMP): pyproject.toml constraints.txt

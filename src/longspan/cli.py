@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from longspan.commands.simulate import app as simulate
 from longspan.errors import LongspanError
+from longspan.lab.commands import app as lab
 
 __all__ = ["demo", "diagnose", "main", "probe", "train"]
 
@@ -18,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(simulate, name="simulate")
+app.add_typer(lab, name="lab")
 
 
 @app.command()

@@ -204,8 +204,10 @@ def rounds(ring: Ring, rank: int, backward: bool = False) -> tuple[Round, ...]:
     """The rounds of ``rank``, in forward or backward."""
     found = []
     for hops in range(ring.world):
-        kv = [t for sender in range(ring.world) for t in _kv_transfer(ring, sender, hops)]
-        grads = [t for sender in range(ring.world) for t in _grad_transfer(ring, sender, hops)]
+        # Only these can send to it, or be it.
+        senders = sorted({rank, (rank - 1) % ring.world, (rank + hops) % ring.world})
+        kv = [t for sender in senders for t in _kv_transfer(ring, sender, hops)]
+        grads = [t for sender in senders for t in _grad_transfer(ring, sender, hops)]
         source = (rank - hops) % ring.world
         found.append(
             Round(
