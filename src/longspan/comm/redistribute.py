@@ -5,15 +5,10 @@ replicated tensor. Where every rank does the same with it, each has the whole gr
 (``Replicate``) and a gather's gradient is a slice. Where each rank goes its own way, each has a
 part of the sum (``Partial``) and a gather's gradient is a reduce-scatter. So the replicated
 side's gradient layout is named.
-
-Every exchange is one all-to-all of the very elements that change their rank, so that uneven and
-empty shards need no padding; sums are taken in the order of the ranks, in fp32 at least, so that
-they are the same bits each time.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from math import prod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Replicate
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
+from longspan.comm.exchange import Moves, move
 from longspan.errors import LayoutError
-from longspan.layout import Layout, Run
-from longspan.schedule.switch import Step, backward, local_shape, steps
+from longspan.layout import Layout
+from longspan.schedule.step import Step
+from longspan.schedule.switch import backward, local_shape, steps
 
 __all__ = ["Moving", "redistribute", "redistribute_chunks", "start_redistribute"]
 
@@ -110,9 +107,6 @@ def redistribute_chunks(
         yield under_way.popleft().wait()
 
 
-_Moves = Generator[dist.Work, None, Tensor]
-
-
 class _Road:
     """Steps over the axes of a mesh."""
 
@@ -122,17 +116,17 @@ class _Road:
     def start(self, x: Tensor) -> "_Travel":
         return _Travel(self._moves(x))
 
-    def _moves(self, x: Tensor) -> _Moves:
+    def _moves(self, x: Tensor) -> Moves:
         for step in self.steps:
             group = self.mesh.get_group(step.axis if self.mesh.ndim > 1 else 0)
-            x = yield from _move(x, step, group)
+            x = yield from move(x, step, group)
         return x
 
 
 class _Travel:
     """A tensor under way: its first exchange has been posted."""
 
-    def __init__(self, moves: _Moves) -> None:
+    def __init__(self, moves: Moves) -> None:
         self._moves = moves
         self._work: dist.Work | None = None
         self._arrived: Tensor | None = None
@@ -159,16 +153,18 @@ class Moving:
         self._still = x if not there.steps and not back.steps else None
         self._there, self._back = there, back
         self.travel: _Travel | None = None
+        self._token: Tensor | None = None
         if self._still is None:
-            self._token: Tensor = _Start.apply(x, self)
+            self._token = _Start.apply(x, self)
 
     def wait(self) -> Tensor:
         """The tensor in its new layout; to be called once."""
         if self._still is not None:
             return self._still
-        if self.travel is None:
+        if self._token is None:
             raise LayoutError("this tensor has been waited for already")
         out: Tensor = _Wait.apply(self._token, self)
+        self._token = None  # The graph keeps this object: no circle.
         return out
 
 
@@ -250,110 +246,3 @@ def _misfit(x: Tensor, expected: tuple[int, ...]) -> LayoutError:
         if size != here:
             return LayoutError(f"dim {dim} should have {size} tokens here, it has {here}")
     raise AssertionError("the shapes are equal")
-
-
-def _move(x: Tensor, step: Step, group: dist.ProcessGroup) -> _Moves:
-    """One row of the table; yields what is to be waited for."""
-    here = group.rank()
-    before, after = step.before, step.after
-    if before.dim is None and after.dim is None:
-        if isinstance(before.placement, Partial):
-            scatter, gather = step.halves
-            share = yield from _exchange(x.reshape(-1), scatter, group)
-            whole = yield from _exchange(share, gather, group)
-            return whole.view(x.shape)
-        return x.clone() if here == 0 else torch.zeros_like(x)
-    if isinstance(before.placement, Replicate):
-        assert after.dim is not None
-        own = x.new_empty(step.shape(after, here))
-        _pick(own, x, after.dim, after.runs(x.shape[after.dim], here, step.world))
-        return own
-    if isinstance(after.placement, Partial):
-        assert before.dim is not None
-        whole = x.new_zeros(step.whole)
-        _put(whole, x, before.dim, step.takes(here, here))
-        return whole
-    return (yield from _exchange(x, step, group))
-
-
-def _exchange(x: Tensor, step: Step, group: dist.ProcessGroup) -> _Moves:
-    here, world = group.rank(), step.world
-    near = _either(step.after.dim, step.before.dim)  # the dim that is cut up to be sent
-    far = _either(step.before.dim, step.after.dim)  # the dim that is put together
-    gives = [step.gives(here, peer) for peer in range(world)]
-    takes = [step.takes(here, peer) for peer in range(world)]
-    out_shape = torch.Size(step.shape(step.after, here))
-    wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else x.dtype
-
-    # Where what is sent lies in memory as it is to be sent, it isn't copied; nor is what arrives
-    # as it is to stay. This rank's own piece takes no part in the exchange otherwise.
-    as_it_lies = x.is_contiguous() and _lined_up(gives, x.shape, near)
-    as_it_comes = not step.sums and _lined_up(takes, out_shape, far)
-    shapes_in = [_with(out_shape, far, runs) for runs in takes]
-    shapes_out = [_with(x.shape, near, runs) for runs in gives]
-    keep = here if not (as_it_lies or as_it_comes) else None
-    sizes_in, sizes_out = (
-        [prod(shape) if peer != keep else 0 for peer, shape in enumerate(shapes)]
-        for shapes in (shapes_in, shapes_out)
-    )
-    if as_it_lies:
-        outgoing = x.view(-1)
-    else:
-        outgoing = x.new_empty(sum(sizes_out))
-        for peer, part in enumerate(outgoing.split(sizes_out)):
-            if peer != keep:
-                _pick(part.view(shapes_out[peer]), x, near, gives[peer])
-    incoming = x.new_empty(sum(sizes_in))
-    yield dist.all_to_all_single(
-        incoming, outgoing, sizes_in, sizes_out, group=group, async_op=True
-    )
-    if as_it_comes:
-        return incoming.view(out_shape)
-    out = (
-        torch.zeros(out_shape, dtype=wide, device=x.device) if step.sums else x.new_empty(out_shape)
-    )
-    for peer, part in enumerate(incoming.split(sizes_in)):
-        if peer == keep:
-            part = x.new_empty(shapes_in[peer])
-            _pick(part, x, near, gives[peer])
-        _put(out, part.view(shapes_in[peer]), far, takes[peer], add=step.sums)
-    return out.to(x.dtype)
-
-
-def _either(dim: int | None, other: int | None) -> int:
-    found = other if dim is None else dim
-    assert found is not None
-    return found
-
-
-def _with(shape: Sequence[int], dim: int, runs: Iterable[Run]) -> tuple[int, ...]:
-    return (*shape[:dim], sum(run.count for run in runs), *shape[dim + 1 :])
-
-
-def _lined_up(parts: Iterable[tuple[Run, ...]], shape: Sequence[int], dim: int) -> bool:
-    """Whether the parts follow each other in a contiguous tensor and are all of it."""
-    end = 0
-    for run in (run for part in parts for run in part):
-        if run.start != end or run.stride != 1:
-            return False
-        end += run.count
-    return end == shape[dim] and prod(shape[:dim]) == 1
-
-
-def _tokens(x: Tensor, dim: int, run: Run) -> Tensor:
-    taken = slice(run.start, run.start + run.count * run.stride, run.stride)
-    return x[(*(slice(None),) * dim, taken)]
-
-
-def _pick(part: Tensor, x: Tensor, dim: int, runs: Iterable[Run]) -> None:
-    for run in runs:
-        part.narrow(dim, run.local, run.count).copy_(_tokens(x, dim, run))
-
-
-def _put(x: Tensor, part: Tensor, dim: int, runs: Iterable[Run], add: bool = False) -> None:
-    for run in runs:
-        piece, place = part.narrow(dim, run.local, run.count), _tokens(x, dim, run)
-        if add:
-            place.add_(piece)
-        else:
-            place.copy_(piece)

@@ -1,39 +1,15 @@
-"""The one table of layout changes: what moves when a tensor goes from one layout to another.
+"""What moves when a tensor goes from one layout to another, and how its gradient comes back.
 
-On one mesh axis of P ranks, for a tensor of M bytes:
-
-======================  ======================================  =====================
-from → to               what is sent                            bytes a rank sends
-======================  ======================================  =====================
-Replicate → Shard(i)    nothing: a split                        0
-Replicate → Partial     nothing: the first rank keeps its own   0
-                        tensor, the others hold zeros
-Shard(i) → Partial      nothing: zeros elsewhere                0
-Shard(i) → Shard(j)     one all-to-all: a switch (DSP, arXiv    M(P−1)/P²
-                        2403.10266, section 4; Ulysses'
-                        head exchange)
-Shard(i) → Shard(i)     one all-to-all, if the order changes    what changes its rank
-Shard(i) → Replicate    an all-gather                           M(P−1)/P
-Partial → Shard(i)      a reduce-scatter                        M(P−1)/P
-Partial → Replicate     an all-reduce: a reduce-scatter and an  2M(P−1)/P
-                        all-gather of equal shares
-Shard(i) → Slices(j)    one all-to-all; what slices share is    each slice's share
-                        sent to every rank that has it
-Slices(j) → Shard(i)    one all-to-all; what slices share is    each slice's share
-                        summed: the former's transpose
-======================  ======================================  =====================
-
-(Bytes of even shards; ``transition`` counts them for any.) On several axes one axis changes at a
-time. A dim that several axes shard is dealt by the mesh's first such axis, each next one deals
-what the one before left a rank, and so only the last of them can change: the chain of changes is
-searched, least bytes first.
+The rows of the table, one mesh axis each, are in ``step``. On several axes one changes at a time.
+A dim that several axes shard is dealt by the mesh's first such axis, each next one deals what the
+one before left a rank, and so only the last of them can change: the chain of changes is searched,
+least bytes first.
 """
 
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count, product
+from itertools import count, pairwise, product
 from math import prod
 
 import torch
@@ -41,153 +17,14 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from longspan.errors import LayoutError
-from longspan.layout import Layout, Order, Run, runs
+from longspan.layout import Layout, Order, runs
 from longspan.schedule.ops import Comm
+from longspan.schedule.step import Side, Slices, Step
 
-__all__ = [
-    "Side",
-    "Slices",
-    "Step",
-    "backward",
-    "local_shape",
-    "steps",
-    "transition",
-]
-
-
-@dataclass(frozen=True)
-class Slices(Placement):
-    """Rank r of the axis holds [start, end) = ``ranges[r]`` of dim ``dim``; ranges may overlap."""
-
-    dim: int
-    ranges: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """A placement on one axis, with the order of its shards."""
-
-    placement: Placement = Replicate()
-    order: Order = Order.CONTIGUOUS
-
-    @property
-    def dim(self) -> int | None:
-        """The dim that is cut, or None."""
-        cut = isinstance(self.placement, Shard | Slices)
-        return self.placement.dim if cut else None  # type: ignore[attr-defined, no-any-return]
-
-    def runs(self, length: int, rank: int, world: int) -> tuple[Run, ...]:
-        """What ``rank`` holds of the cut dim, which is ``length`` long."""
-        if isinstance(self.placement, Slices):
-            start, end = self.placement.ranges[rank]
-            return (Run(0, start, end - start, 1),) if end > start else ()
-        return runs(length, rank, world, self.order)
-
+__all__ = ["backward", "head_placements", "local_shape", "steps", "transition"]
 
 _State = tuple[Side, ...]  # a side for each axis of the mesh
 _Hop = tuple[int, _State, _State]  # the axis that changes, before and after
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A row of the table on mesh axis ``axis`` of ``world`` ranks, as one of them sees it.
-
-    ``whole`` is the shape that they would hold if the axis were replicated.
-    """
-
-    axis: str
-    world: int
-    before: Side
-    after: Side
-    whole: tuple[int, ...]
-
-    @property
-    def sums(self) -> bool:
-        """Whether what several ranks send of the same element is added."""
-        return isinstance(self.before.placement, Partial | Slices)
-
-    def shape(self, side: Side, rank: int) -> tuple[int, ...]:
-        """The shape that ``rank`` holds on that side."""
-        return _cut(self.whole, side, rank, self.world)
-
-    def gives(self, rank: int, peer: int) -> tuple[Run, ...]:
-        """What ``rank`` gives ``peer``, along the dim that is cut on the far side (the near one
-        in a gather): where it lies here (``start``, ``stride``), and in what is sent (``local``).
-        """
-        if self.after.dim is None:
-            held = self.shape(self.before, rank)[self._dim]
-            return (Run(0, 0, held, 1),)
-        if self.before.dim == self.after.dim:
-            return tuple(near for near, _ in self._common(rank, peer))
-        return self.after.runs(self.whole[self._dim], peer, self.world)
-
-    def takes(self, rank: int, peer: int) -> tuple[Run, ...]:
-        """Where what ``peer`` gives lies in what ``rank`` ends up with, along the near dim."""
-        if self.before.dim is None:
-            held = self.shape(self.after, rank)[self._dim]
-            return (Run(0, 0, held, 1),)
-        if self.before.dim == self.after.dim:
-            return tuple(far for _, far in self._common(peer, rank))
-        return self.before.runs(self.whole[self.before.dim], peer, self.world)
-
-    @property
-    def _dim(self) -> int:
-        dim = self.before.dim if self.after.dim is None else self.after.dim
-        assert dim is not None
-        return dim
-
-    def _common(self, giver: int, taker: int) -> Iterator[tuple[Run, Run]]:
-        """The tokens that one rank has and another is to have, as runs in either's shard."""
-        length = self.whole[self._dim]
-        local = 0
-        for a in self.before.runs(length, giver, self.world):
-            for b in self.after.runs(length, taker, self.world):
-                # One order of two at most is striped, so one of the strides is 1.
-                stride = max(a.stride, b.stride)
-                phase = (a if a.stride == stride else b).start
-                low = max(a.start, b.start)
-                first = low + (phase - low) % stride
-                end = min(r.start + (r.count - 1) * r.stride for r in (a, b)) + 1
-                common = len(range(first, end, stride))
-                if common:
-                    near, far = (
-                        Run(
-                            local,
-                            r.local + (first - r.start) // r.stride,
-                            common,
-                            stride // r.stride,
-                        )
-                        for r in (a, b)
-                    )
-                    yield near, far
-                    local += common
-
-    @property
-    def halves(self) -> tuple["Step", "Step"]:
-        """The reduce-scatter and the all-gather, of the flat tensor, that are an all-reduce."""
-        flat, cut = (prod(self.whole),), Side(Shard(0))
-        scatter = replace(self, after=cut, whole=flat)
-        return scatter, replace(scatter, before=cut, after=self.after)
-
-    def comms(self, ranks: tuple[int, ...], itemsize: int) -> tuple[Comm, ...]:
-        """What the ranks of the axis send each other, whatever rank of them this is."""
-        before, after = self.before, self.after
-        everyone = range(self.world)
-        if before.dim is None and after.dim is None and isinstance(before.placement, Partial):
-            return tuple(comm for half in self.halves for comm in half.comms(ranks, itemsize))
-        if isinstance(before.placement, Replicate) or isinstance(after.placement, Partial):
-            return ()
-        if before.dim is None or after.dim is None:
-            kind, side = ("reduce_scatter", after) if before.dim is None else ("all_gather", before)
-            sizes = [prod(self.shape(side, rank)) for rank in everyone]
-            return (Comm(kind, ranks, tuple(size * itemsize for size in sizes)),)
-        sizes = []
-        for giver in everyone:
-            held = self.shape(before, giver)
-            row = prod(held[: self._dim] + held[self._dim + 1 :])
-            for taker in everyone:
-                sizes.append(row * sum(run.count for run in self.gives(giver, taker)))
-        return (Comm("all_to_all", ranks, tuple(size * itemsize for size in sizes)),)
 
 
 def transition(
@@ -209,7 +46,7 @@ def transition(
     ranks = range(prod(sizes)) if ranks is None else ranks
     if len(ranks) != prod(sizes):
         raise LayoutError(f"{len(ranks)} ranks given for a mesh of {prod(sizes)}")
-    found = []
+    found: list[Comm] = []
     for hop in _path(src, dst, tuple(shape), axes):
         for coordinates in _groups(hop[0], sizes):
             step = _step(names, sizes, hop, tuple(shape), coordinates[0])
@@ -279,6 +116,28 @@ def backward(src: Layout, dst: Layout, grad: Mapping[str, Placement]) -> tuple[L
 
     leaves = {a: p for a, p in grad.items() if not replicated(dst, a)}
     return of(dst, grad), of(src, leaves)
+
+
+def head_placements(dim: int, heads: int, kv_heads: int, world: int) -> tuple[Placement, Placement]:
+    """Where a head exchange brings the query heads, and the heads of keys and values (dim ``dim``).
+
+    Query heads are shared as evenly as they can be, in contiguous order. A rank is given each
+    KV head that one of its own needs, which is a Shard where no two ranks need the same, else
+    Slices: query head h reads KV head h·kv_heads//heads. Raises LayoutError if ``kv_heads``
+    doesn't divide ``heads``.
+    """
+    if kv_heads < 1 or heads % kv_heads:
+        raise LayoutError(f"{heads} query heads can't share {kv_heads} KV heads evenly")
+    ranges = []
+    for rank in range(world):
+        own = [(run.start, run.start + run.count) for run in runs(heads, rank, world, "contiguous")]
+        start, end = own[0] if own else (heads, heads)
+        ranges.append((start * kv_heads // heads, -(-end * kv_heads // heads)))
+    even = [Side(Shard(0)).cut((kv_heads,), rank, world)[0] for rank in range(world)]
+    joined = all(left[1] == right[0] for left, right in pairwise(ranges))
+    if joined and [end - start for start, end in ranges] == even:
+        return Shard(dim), Shard(dim)
+    return Shard(dim), Slices(dim, tuple(ranges))
 
 
 def _state(layout: Layout, shape: tuple[int, ...], axes: Mapping[str, int]) -> _State:
@@ -411,15 +270,8 @@ def _local(
     state: _State, shape: tuple[int, ...], sizes: Sequence[int], coordinate: Sequence[int]
 ) -> tuple[int, ...]:
     for side, size, rank in zip(state, sizes, coordinate, strict=True):
-        shape = _cut(shape, side, rank, size)
+        shape = side.cut(shape, rank, size)
     return shape
-
-
-def _cut(shape: tuple[int, ...], side: Side, rank: int, world: int) -> tuple[int, ...]:
-    if (dim := side.dim) is None:
-        return shape
-    held = sum(run.count for run in side.runs(shape[dim], rank, world))
-    return (*shape[:dim], held, *shape[dim + 1 :])
 
 
 def _groups(axis: int, sizes: tuple[int, ...]) -> Iterator[list[tuple[int, ...]]]:
