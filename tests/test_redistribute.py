@@ -248,9 +248,9 @@ def test_sums_are_taken_in_the_order_of_ranks(ranks: Ranks) -> None:
     parts = [torch.randn(33, generator=torch.Generator().manual_seed(rank)) for rank in range(4)]
     expected = [part.bfloat16().float() for part in parts], parts
     for found in ranks.run(sums):
-        for got, given in zip(found, expected, strict=True):
-            total = ((given[0] + given[1]) + given[2]) + given[3]
-            if given is not parts:
+        for got, summands in zip(found, expected, strict=True):
+            total = ((summands[0] + summands[1]) + summands[2]) + summands[3]
+            if summands is not parts:
                 total = total.bfloat16().float()
             assert torch.equal(torch.from_numpy(got), total)
 

@@ -72,13 +72,13 @@ def start_redistribute(
     axes = _axes(mesh)
     at = tuple(mesh.get_local_rank(axis) for axis in range(mesh.ndim))
     whole = _whole_shape(x, src, dst, axes, length, shape)
-    if (expected := local_shape(src, whole, axes, at)) != x.shape:
-        raise _misfit(x, expected)
     named = grad if isinstance(grad, Mapping) else dict.fromkeys(axes, grad or Replicate())
     roads = [
         _Road(steps(here, there, whole, axes, at), mesh)
         for here, there in ((src, dst), backward(src, dst, named))
     ]
+    if (expected := local_shape(src, whole, axes, at)) != x.shape:
+        raise _misfit(x, expected)
     return Moving(x, *roads)
 
 
