@@ -259,7 +259,7 @@ def refusals(mesh: DeviceMesh) -> None:
     x, sharded = torch.zeros(4, 2), Layout({"sp": Shard(0)})
     for tensor, src, dst, options, match in (
         (x, WHOLE, sharded, {"length": 5}, "should have 5 tokens here, it has 4"),
-        (x, sharded, WHOLE, {"length": 9}, "tokens here, it has 4"),
+        (x, sharded, WHOLE, {"length": 12}, "should have 6 tokens here, it has 4"),
         (x, sharded, WHOLE, {}, "give the whole tensor's shape"),
         (x, sharded, WHOLE, {"shape": (8,)}, "shape has 1 dims, the tensor 2"),
         (x, Layout({"ps": Shard(0)}), WHOLE, {"shape": (8, 2)}, "axis 'ps' changes"),
