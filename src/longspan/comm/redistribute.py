@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from longspan.comm.exchange import Moves, move
+from longspan.comm.move import Moves, move
 from longspan.errors import LayoutError
 from longspan.layout import Layout
 from longspan.schedule.step import Step
