@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate
 
+from longspan.comm.exchange import Exchange, exchange
 from longspan.layout import Run
 from longspan.schedule.step import Step
 
 __all__ = ["Moves", "move"]
 
-Moves = Generator[dist.Work, None, Tensor]
+Moves = Generator[Exchange, None, Tensor]
 
 
 def move(x: Tensor, step: Step, group: dist.ProcessGroup) -> Moves:
@@ -73,9 +74,7 @@ def _exchange(x: Tensor, step: Step, group: dist.ProcessGroup) -> Moves:
             if peer != keep:
                 _pick(part.view(shapes_out[peer]), x, near, gives[peer])
     incoming = x.new_empty(sum(sizes_in))
-    yield dist.all_to_all_single(
-        incoming, outgoing, sizes_in, sizes_out, group=group, async_op=True
-    )
+    yield exchange(incoming, outgoing, sizes_in, sizes_out, group)
     if as_it_comes:
         return incoming.view(out_shape)
     out = (

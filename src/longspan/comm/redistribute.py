@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
+from longspan.comm.exchange import Exchange
 from longspan.comm.move import Moves, move
 from longspan.errors import LayoutError
 from longspan.layout import Layout
@@ -128,7 +128,7 @@ class _Travel:
 
     def __init__(self, moves: Moves) -> None:
         self._moves = moves
-        self._work: dist.Work | None = None
+        self._work: Exchange | None = None
         self._arrived: Tensor | None = None
         self._go()
 
