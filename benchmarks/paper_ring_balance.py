@@ -18,8 +18,9 @@ from longspan.cluster.simulate import simulate
 from longspan.cluster.spec import Cluster, Device, uniform
 from longspan.layout import Order
 from longspan.schedule.ops import Compute
-from longspan.schedule.ring import Ring, Round, Transfer
+from longspan.schedule.ring import Ring
 from longspan.schedule.ring_tasks import Named, ring_tasks
+from longspan.schedule.rounds import Round, Transfer
 
 WORLD, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 8, 8192, 32, 8, 128
 QUERIES, KEYS = HEADS * HEAD_DIM, 2 * KV_HEADS * HEAD_DIM  # numbers a token

@@ -24,7 +24,7 @@ from longspan.attention.merge import merge_
 from longspan.comm.counting import CountBytes
 from longspan.errors import LayoutError
 from longspan.layout import Order
-from longspan.schedule.ring import comms
+from longspan.schedule.rounds import cheapest, comms
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -43,10 +43,11 @@ class Case:
     told: bool  # whether attend is told the documents, where there is only one
     scale: float
     seed: int
+    travels: str = "auto"
 
 
 cases = st.builds(
-    lambda lengths, causal, order, kv, group, batch, dtype, told, scale, seed: Case(
+    lambda lengths, causal, order, kv, group, batch, dtype, told, scale, seed, travels: Case(
         tuple(sum(lengths[:i]) for i in range(len(lengths) + 1)),
         causal,
         order,
@@ -57,6 +58,7 @@ cases = st.builds(
         told or len(lengths) != 1,
         scale,
         seed,
+        travels,
     ),
     st.lists(st.one_of(st.integers(0, 3), st.integers(4, 40)), min_size=1, max_size=6),
     st.booleans(),
@@ -68,6 +70,7 @@ cases = st.builds(
     st.booleans(),
     st.sampled_from([8**-0.5, 0.2]),
     st.integers(0, 10**6),
+    st.sampled_from(["auto", "kv", "q"]),
 )
 
 
@@ -97,6 +100,7 @@ def worst_difference(mesh: DeviceMesh, case: Case) -> float:
         order=case.order,
         scale=case.scale,
         cu_seqlens=case.documents if case.told else None,
+        travels=case.travels,
     )
     assert out.dtype == case.dtype
     out.backward(dout[:, :, own].to(case.dtype))
@@ -121,14 +125,16 @@ def counted_bytes(mesh: DeviceMesh, case: Case) -> tuple[tuple[int, int], tuple[
     *inputs, dout = (x[:, :, own].to(case.dtype) for x in tensors(case))
     q, k, v = (x.requires_grad_() for x in inputs)
     told = {"causal": case.causal, "order": case.order, "cu_seqlens": case.documents}
+    told["travels"] = case.travels
     with CountBytes() as forward:
         out = longspan.attend(q, k, v, mesh=mesh, **told)
     with CountBytes() as backward:
         out.backward(dout)
-    ring = ring_of(k, v, mesh.size(), case.order, case.causal, case.documents)
+    ring = ring_of(q, k, v, mesh.size(), case.order, case.causal, case.documents)
+    way = cheapest(ring) if case.travels == "auto" else case.travels
     assert not forward.given and not backward.given
     return tuple(
-        (sum(op.sent_bytes(rank) for op in comms(ring, rank, back)), count.total_sent)
+        (sum(op.sent_bytes(rank) for op in comms(ring, rank, back, way)), count.total_sent)
         for back, count in ((False, forward), (True, backward))
     )
 

@@ -13,7 +13,8 @@ from longspan.lab.lab import Lab
 from longspan.lab.network import require_network
 from longspan.lab.spec import LabSpec
 from longspan.layout import Order
-from longspan.schedule.ring import Ring, comms
+from longspan.schedule.ring import Ring
+from longspan.schedule.rounds import comms
 
 try:
     require_network()

@@ -10,8 +10,8 @@ from longspan.cluster.spec import Cluster, Device, uniform
 from longspan.errors import ClusterError, ConfigError, LayoutError
 from longspan.layout import Order
 from longspan.schedule.ops import Comm, Compute
-from longspan.schedule.ring import comms, rounds
 from longspan.schedule.ring_tasks import AttentionKernels, ring_tasks
+from longspan.schedule.rounds import comms, rounds
 
 KERNELS = AttentionKernels(4, 2, 8)
 

@@ -1,6 +1,7 @@
 """The one entry point to attention over a sharded sequence."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from longspan.comm.mesh import axis_group
 from longspan.errors import LayoutError
 from longspan.layout import Order, local_length
 from longspan.schedule.ring import Ring
+from longspan.schedule.rounds import Travels, cheapest
 
 __all__ = ["attend", "global_length", "ring_of"]
 
@@ -26,6 +28,7 @@ def attend(
     order: Order | str = Order.ZIGZAG,
     scale: float | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
+    travels: Travels | Literal["auto"] = "auto",
 ) -> Tensor:
     """Exact attention over a sequence whose tokens are sharded over the one axis of ``mesh``.
 
@@ -34,7 +37,8 @@ def attend(
     ``(B, Hq, S_local, D)`` in q's dtype. ``scale`` defaults to 1/√D. ``cu_seqlens``: where packed
     documents start in the *global* sequence and where the last ends, the same on every rank and
     in every row of the batch; on the CPU, so that nothing waits for a device. Without it the
-    sequence is one document, and the ranks tell each other their lengths.
+    sequence is one document, and the ranks tell each other their lengths. ``travels``: what
+    backward hands around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes.
 
     Raises LayoutError for tensors, mesh, order and documents that don't fit together.
     """
@@ -46,7 +50,7 @@ def attend(
         documents = (0, global_length(q.shape[2], group, order))
     else:
         documents = tuple(int(end) for end in cu_seqlens)
-    ring = ring_of(k, v, group.size(), order, causal, documents)
+    ring = ring_of(q, k, v, group.size(), order, causal, documents)
     expected = local_length(ring.length, group.rank(), group.size(), order)
     if q.shape[2] != expected:
         raise LayoutError(
@@ -55,11 +59,13 @@ def attend(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor
-    out, _ = RingAttention.apply(q, k, v, ring, group, scale)
+    way = cheapest(ring) if travels == "auto" else travels
+    out, _ = RingAttention.apply(q, k, v, ring, group, scale, way)
     return out
 
 
 def ring_of(
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     world: int,
@@ -67,16 +73,20 @@ def ring_of(
     causal: bool,
     documents: Sequence[int],
 ) -> Ring:
-    """The ring schedule's sizes for these keys and values."""
-    numbers = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
+    """The ring schedule's sizes for these queries, keys and values."""
+    wide = accumulation_dtype(k.dtype).itemsize
+    kv_numbers = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
+    rows = q.shape[0] * q.shape[1]
     return Ring(
         length=documents[-1] if documents else 0,
         world=world,
         order=Order.of(order),
         causal=causal,
         documents=tuple(documents),
-        kv_bytes=numbers * k.element_size(),
-        grad_bytes=numbers * accumulation_dtype(k.dtype).itemsize,
+        kv_bytes=kv_numbers * k.element_size(),
+        grad_bytes=kv_numbers * wide,
+        q_bytes=rows * ((q.shape[3] + v.shape[3]) * q.element_size() + 2 * wide),
+        dq_bytes=rows * q.shape[3] * wide,
     )
 
 

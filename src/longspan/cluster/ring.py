@@ -10,8 +10,9 @@ from longspan.cluster.spec import Cluster
 from longspan.errors import ClusterError
 from longspan.layout import Order
 from longspan.schedule.ops import Comm
-from longspan.schedule.ring import Ring, rounds
+from longspan.schedule.ring import Ring
 from longspan.schedule.ring_tasks import AttentionKernels, ring_tasks
+from longspan.schedule.rounds import rounds
 
 __all__ = ["RingPrediction", "predict_ring"]
 

@@ -1,12 +1,8 @@
-"""Rounds of ring attention: who holds whose keys and values, what they see, what is sent.
+"""Ring attention, cut into blocks: what the queries of one rank see of another rank's keys.
 
-In round r, rank i holds the keys and values of rank i-r (mod world) and hands them to rank i+1.
-In backward their gradients follow one round behind, gathering a share on every rank, and the
-last rank that has one sends them home; a rank's share of its own keys never leaves it. Nothing
-is sent to where nobody further down the ring has a use for it.
-
-Source: ring attention (arXiv 2310.01889), in the form that BurstAttention (arXiv 2403.09347,
-section 3) starts from.
+Documents, causality and the order of tokens are all in the blocks, so that a kernel needs to know
+nothing but full and lower triangular squares. When blocks are computed, and what is sent for it,
+is told by ``schedule.rounds``.
 """
 
 import itertools
@@ -17,9 +13,8 @@ from functools import lru_cache
 
 from longspan.errors import LayoutError
 from longspan.layout import Order, Run, runs
-from longspan.schedule.ops import Comm
 
-__all__ = ["Block", "Ring", "Round", "Transfer", "blocks", "comms", "rounds"]
+__all__ = ["Block", "Ring", "blocks", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +22,10 @@ class Ring:
     """One attention over a sequence of ``length`` tokens on a ring of ``world`` ranks.
 
     ``documents``: where each document starts, and the end of the last: 0, …, length
-    (cu_seqlens); tokens attend only inside their document. ``kv_bytes`` and ``grad_bytes``: what
-    a token's keys and values, and their gradients, weigh on the wire.
+    (cu_seqlens); tokens attend only inside their document. What a token's things weigh on the
+    wire: ``kv_bytes`` its keys and values, ``grad_bytes`` their gradients, ``q_bytes`` its query
+    with its output's gradient and row statistics, ``dq_bytes`` the query's gradient.
+    ``node_ranks``: how many ranks, side by side, are in a node; 0: all.
     """
 
     length: int
@@ -38,6 +35,9 @@ class Ring:
     documents: tuple[int, ...]
     kv_bytes: int
     grad_bytes: int
+    q_bytes: int = 0
+    dq_bytes: int = 0
+    node_ranks: int = 0
 
     def __post_init__(self) -> None:
         ends = self.documents
@@ -47,6 +47,13 @@ class Ring:
             )
         if any(end < start for start, end in itertools.pairwise(ends)):
             raise LayoutError("cu_seqlens must not descend")
+        if self.node_ranks < 0 or self.world % self.node:
+            raise LayoutError(f"{self.world} ranks are no whole nodes of {self.node_ranks}")
+
+    @property
+    def node(self) -> int:
+        """Ranks of a node: of the inner ring."""
+        return self.node_ranks or self.world
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +74,6 @@ class Block:
         """Query-key pairs that are seen: attention's flops are proportional to them."""
         rows, columns = self.q_stop - self.q_start, self.kv_stop - self.kv_start
         return rows * (rows + 1) // 2 if self.causal else rows * columns
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """Keys and values of rank ``source``, or their gradients, on their way between two ranks."""
-
-    sender: int
-    receiver: int
-    source: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One rank's round: the blocks it computes with the keys and values of rank ``source``.
-
-    ``kv`` is under way while it computes, ``grads`` (backward only) starts when it has computed;
-    both name what this rank sends and what it receives.
-    """
-
-    source: int
-    blocks: tuple[Block, ...]
-    kv: tuple[Transfer, ...]
-    grads: tuple[Transfer, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +135,7 @@ def _joined(found: Iterable[Block]) -> Iterator[Block]:
         yield last
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 14)
 def blocks(ring: Ring, q_rank: int, kv_rank: int) -> tuple[Block, ...]:
     """The blocks that the queries of one rank see of the keys of another; none if they see none."""
     by_document: dict[int, list[Run]] = {}
@@ -171,60 +154,6 @@ def blocks(ring: Ring, q_rank: int, kv_rank: int) -> tuple[Block, ...]:
     return tuple(_joined(_joined(found)))
 
 
-def _last_needed(ring: Ring, source: int) -> int:
-    """How many hops from ``source`` the last rank is that sees its keys."""
-    hops = range(ring.world - 1, 0, -1)
-    return next((h for h in hops if blocks(ring, (source + h) % ring.world, source)), 0)
-
-
-def _tokens(ring: Ring, rank: int) -> int:
+def tokens(ring: Ring, rank: int) -> int:
+    """How many tokens a rank holds."""
     return sum(piece.run.count for piece in _pieces(ring, rank))
-
-
-def _kv_transfer(ring: Ring, sender: int, hops: int) -> Iterator[Transfer]:
-    """What ``sender`` hands on in the round in which it holds keys from ``hops`` ranks before."""
-    source = (sender - hops) % ring.world
-    if hops < _last_needed(ring, source):
-        size = _tokens(ring, source) * ring.kv_bytes
-        yield Transfer(sender, (sender + 1) % ring.world, source, size)
-
-
-def _grad_transfer(ring: Ring, sender: int, hops: int) -> Iterator[Transfer]:
-    """The gradients that ``sender`` hands on, or home, after that round."""
-    source = (sender - hops) % ring.world
-    last = _last_needed(ring, source)
-    shared = any(blocks(ring, (source + h) % ring.world, source) for h in range(1, hops + 1))
-    if shared and 1 <= hops <= last:
-        receiver = source if hops == last else (sender + 1) % ring.world
-        yield Transfer(sender, receiver, source, _tokens(ring, source) * ring.grad_bytes)
-
-
-@lru_cache(maxsize=256)
-def rounds(ring: Ring, rank: int, backward: bool = False) -> tuple[Round, ...]:
-    """The rounds of ``rank``, in forward or backward."""
-    found = []
-    for hops in range(ring.world):
-        # Only these can send to it, or be it.
-        senders = sorted({rank, (rank - 1) % ring.world, (rank + hops) % ring.world})
-        kv = [t for sender in senders for t in _kv_transfer(ring, sender, hops)]
-        grads = [t for sender in senders for t in _grad_transfer(ring, sender, hops)]
-        source = (rank - hops) % ring.world
-        found.append(
-            Round(
-                source,
-                blocks(ring, rank, source),
-                tuple(t for t in kv if rank in (t.sender, t.receiver)),
-                tuple(t for t in grads if backward and rank in (t.sender, t.receiver)),
-            )
-        )
-    return tuple(found)
-
-
-def comms(ring: Ring, rank: int, backward: bool = False) -> tuple[Comm, ...]:
-    """What ``rank`` sends, as ops of the score."""
-    return tuple(
-        Comm("send", (transfer.sender, transfer.receiver), (transfer.bytes,))
-        for turn in rounds(ring, rank, backward)
-        for transfer in (*turn.kv, *turn.grads)
-        if transfer.sender == rank
-    )

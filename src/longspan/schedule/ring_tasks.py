@@ -12,7 +12,8 @@ from typing import Protocol
 from longspan.errors import ConfigError
 from longspan.layout import Order
 from longspan.schedule.ops import Comm, Compute, Op, Task
-from longspan.schedule.ring import Ring, Round, Transfer, rounds
+from longspan.schedule.ring import Ring
+from longspan.schedule.rounds import Round, Transfer, rounds
 
 __all__ = ["AttentionKernels", "Kernels", "Named", "ring_tasks"]
 
@@ -109,7 +110,7 @@ def ring_tasks(ring: Ring, rank: int, kernels: Kernels, *, backward: bool = True
         for index, turn in enumerate(rounds(ring, rank, half)):
             ready = score.last("compute", "kv-in")
             held, came = score.last("kv-in"), score.last("grad-in")
-            for way in turn.kv:
+            for way in turn.payload:
                 lane = "kv-out" if way.sender == rank else "kv-in"
                 score.append(_send(way), lane, ready, "keys and values")
             score.compute(kernels.attend(turn, not index, half), held)
