@@ -8,14 +8,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from longspan.attention.ring import RingAttention, accumulation_dtype
-from longspan.comm.mesh import axis_group
+from longspan.attention.hybrid import exchange_heads
+from longspan.attention.ring import ring_of, turn
+from longspan.comm.mesh import flat_group
 from longspan.errors import LayoutError
 from longspan.layout import Order, local_length
-from longspan.schedule.ring import Ring
-from longspan.schedule.rounds import Travels, cheapest
+from longspan.schedule.rounds import Travels
 
-__all__ = ["attend", "global_length", "ring_of"]
+__all__ = ["attend", "global_length"]
 
 
 def attend(
@@ -28,21 +28,26 @@ def attend(
     order: Order | str = Order.ZIGZAG,
     scale: float | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
+    inside: Literal["ring", "heads"] = "ring",
     travels: Travels | Literal["auto"] = "auto",
 ) -> Tensor:
-    """Exact attention over a sequence whose tokens are sharded over the one axis of ``mesh``.
+    """Exact attention over a sequence whose tokens are sharded over ``mesh``.
 
     q ``(B, Hq, S_local, D)``, k and v ``(B, Hkv, S_local, D)``, Hq a multiple of Hkv; S_local is
     this rank's share of any global length in ``order`` (``longspan.positions``). Returns
     ``(B, Hq, S_local, D)`` in q's dtype. ``scale`` defaults to 1/√D. ``cu_seqlens``: where packed
     documents start in the *global* sequence and where the last ends, the same on every rank and
     in every row of the batch; on the CPU, so that nothing waits for a device. Without it the
-    sequence is one document, and the ranks tell each other their lengths. ``travels``: what
-    backward hands around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes.
+    sequence is one document, and the ranks tell each other their lengths.
+
+    A mesh has one axis, or two: between nodes and inside them. ``inside`` says what the ranks of
+    the last axis do: turn a ring (with two axes the double ring), or exchange tokens for heads
+    (Ulysses; with two axes the ring is of nodes only). ``travels``: what a ring's backward hands
+    around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes.
 
     Raises LayoutError for tensors, mesh, order and documents that don't fit together.
     """
-    group = axis_group(mesh)
+    group = flat_group(mesh)
     order = Order.of(order)
     _check_shapes(q, k, v)
     documents: tuple[int, ...]
@@ -50,44 +55,18 @@ def attend(
         documents = (0, global_length(q.shape[2], group, order))
     else:
         documents = tuple(int(end) for end in cu_seqlens)
-    ring = ring_of(q, k, v, group.size(), order, causal, documents)
-    expected = local_length(ring.length, group.rank(), group.size(), order)
+    expected = local_length(documents[-1], group.rank(), group.size(), order)
     if q.shape[2] != expected:
         raise LayoutError(
-            f"rank {group.rank()} of {group.size()} holds {expected} of {ring.length} tokens in "
+            f"rank {group.rank()} of {group.size()} holds {expected} of {documents[-1]} tokens in "
             f"{order} order, but q has {q.shape[2]}: cut it with longspan.positions"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor
-    way = cheapest(ring) if travels == "auto" else travels
-    out, _ = RingAttention.apply(q, k, v, ring, group, scale, way)
-    return out
-
-
-def ring_of(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    world: int,
-    order: Order | str,
-    causal: bool,
-    documents: Sequence[int],
-) -> Ring:
-    """The ring schedule's sizes for these queries, keys and values."""
-    wide = accumulation_dtype(k.dtype).itemsize
-    kv_numbers = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
-    rows = q.shape[0] * q.shape[1]
-    return Ring(
-        length=documents[-1] if documents else 0,
-        world=world,
-        order=Order.of(order),
-        causal=causal,
-        documents=tuple(documents),
-        kv_bytes=kv_numbers * k.element_size(),
-        grad_bytes=kv_numbers * wide,
-        q_bytes=rows * ((q.shape[3] + v.shape[3]) * q.element_size() + 2 * wide),
-        dq_bytes=rows * q.shape[3] * wide,
-    )
+    ranks_inside = mesh.size(mesh.ndim - 1)
+    if inside == "heads":
+        return exchange_heads(q, k, v, mesh, causal, order, scale, documents, travels)
+    ring = ring_of(q, k, v, group.size(), order, causal, documents, node_ranks=ranks_inside)
+    return turn(q, k, v, ring, group, scale, travels)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -7,9 +7,9 @@ Payloads are one flat buffer, so that they go as one message. Results are accumu
 (float64 for float64), and gradients travel so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,11 @@ from torch import Tensor
 from longspan.attention.kernels import kernel_for
 from longspan.attention.merge import merge_
 from longspan.comm.p2p import Mailbox
+from longspan.layout import Order
 from longspan.schedule.ring import Block, Ring, tokens
-from longspan.schedule.rounds import Round, Travels, rounds
+from longspan.schedule.rounds import Round, Travels, cheapest, rounds
 
-__all__ = ["RingAttention", "accumulation_dtype"]
+__all__ = ["RingAttention", "accumulation_dtype", "ring_of", "turn"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,7 +62,7 @@ class _Flat:
 
 def _play(
     turns: tuple[Round, ...],
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     payload: _Flat,
     gradient: _Flat | None,
     compute: Callable[[Block, list[Tensor], list[Tensor]], None],
@@ -70,7 +71,7 @@ def _play(
 
     Returns the gradient of this rank's own payload, summed over all ranks.
     """
-    rank = group.rank()
+    rank = _rank(group)
     mail = Mailbox(group, payload.empty)
     grad_mail = Mailbox(group, gradient.empty, tag=1) if gradient else None
     held = {rank: payload.filled()}
@@ -88,7 +89,7 @@ def _play(
             grad_mail.announce(turn.grads)
             if source != rank:
                 sums = gradient.empty(source).zero_()
-        if turn.blocks:
+        if turn.blocks and held[source].numel():
             views = payload.views(held[source], source)
             parts = gradient.views(sums, source) if gradient and sums is not None else []
             for block in turn.blocks:
@@ -127,7 +128,7 @@ class RingAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         ring: Ring,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         scale: float,
         travels: Travels,
     ) -> tuple[Tensor, Tensor]:
@@ -141,7 +142,7 @@ class RingAttention(torch.autograd.Function):
             part = kernel.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
             merge_(out[:, :, rows], lse[:, :, rows], *part)
 
-        _play(rounds(ring, group.rank()), group, _Flat(ring, (k, v)), None, compute)
+        _play(rounds(ring, _rank(group)), group, _Flat(ring, (k, v)), None, compute)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.ring, ctx.group, ctx.scale, ctx.travels = ring, group, scale, travels
@@ -152,7 +153,7 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         ring, group, wide = ctx.ring, ctx.group, accumulation_dtype(q.dtype)
-        turns = rounds(ring, group.rank(), True, ctx.travels)
+        turns = rounds(ring, _rank(group), True, ctx.travels)
         kernel, scale = kernel_for(q, v), ctx.scale
         dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
 
@@ -193,6 +194,10 @@ class RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return group.rank() if group else 0
+
+
 def _cuts(block: Block) -> tuple[slice, slice]:
     return slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
 
@@ -210,3 +215,50 @@ def _stand_in(dout: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
     square = unit.square().sum(-1, keepdim=True)
     square = torch.where(square > 0, square, 1.0)
     return (unit * (delta.unsqueeze(-1) / largest / square)).to(dtype)
+
+
+def turn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: Ring,
+    group: dist.ProcessGroup | None,
+    scale: float,
+    travels: Travels | Literal["auto"],
+) -> Tensor:
+    """Attention by this ring's schedule; a ring of one rank needs no group."""
+    way = cheapest(ring) if travels == "auto" else travels
+    out: Tensor
+    out, _ = RingAttention.apply(q, k, v, ring, group, scale, way)
+    return out
+
+
+def ring_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    world: int,
+    order: Order | str,
+    causal: bool,
+    documents: Sequence[int],
+    *,
+    node_ranks: int = 0,
+    width: int = 1,
+) -> Ring:
+    """The ring schedule's sizes for these queries, keys and values."""
+    wide = accumulation_dtype(k.dtype).itemsize
+    kv_numbers = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
+    rows = q.shape[0] * q.shape[1]
+    return Ring(
+        length=documents[-1] if documents else 0,
+        world=world,
+        order=Order.of(order),
+        causal=causal,
+        documents=tuple(documents),
+        kv_bytes=kv_numbers * k.element_size(),
+        grad_bytes=kv_numbers * wide,
+        q_bytes=rows * ((q.shape[3] + v.shape[3]) * q.element_size() + 2 * wide),
+        dq_bytes=rows * q.shape[3] * wide,
+        node_ranks=node_ranks,
+        width=width,
+    )

@@ -1,6 +1,6 @@
 """Messages between pairs of ranks that are under way while something else is computed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -20,7 +20,7 @@ class Mailbox:
     receives of a round are started together, as it wants them.
     """
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     buffer: Callable[[int], Tensor]
     tag: int = 0
     _arriving: dict[int, list[tuple[list[dist.Work], Tensor]]] = field(default_factory=dict)
@@ -30,9 +30,14 @@ class Mailbox:
     def _together(self) -> bool:
         return bool(dist.get_backend(self.group) == "nccl")
 
-    def announce(self, transfers: Iterable[Transfer]) -> None:
+    @property
+    def _here(self) -> int:
+        assert self.group is not None, "a rank by itself has nobody to write to"
+        return self.group.rank()
+
+    def announce(self, transfers: Sequence[Transfer]) -> None:
         """Get ready to receive what ``transfers``, a coming round's, bring to this rank."""
-        if not self._together:
+        if transfers and not self._together:
             for transfer, buffer in self._incoming(transfers):
                 works = [
                     dist.irecv(buffer, group=self.group, group_src=transfer.sender, tag=self.tag)
@@ -40,10 +45,11 @@ class Mailbox:
                 ]
                 self._expect(transfer, [work for work in works if work], buffer)
 
-    def start(self, transfers: Iterable[Transfer], outgoing: Callable[[int], Tensor]) -> None:
+    def start(self, transfers: Sequence[Transfer], outgoing: Callable[[int], Tensor]) -> None:
         """Send this rank's part of a round; ``outgoing(source)`` is contiguous."""
-        transfers = tuple(transfers)
-        here = self.group.rank()
+        if not transfers:
+            return
+        here = self._here
         leaving = [(t, outgoing(t.source)) for t in transfers if t.sender == here and t.bytes]
         if not self._together:
             for transfer, tensor in leaving:
@@ -81,9 +87,8 @@ class Mailbox:
             work.wait()
         self._leaving.clear()
 
-    def _incoming(self, transfers: Iterable[Transfer]) -> list[tuple[Transfer, Tensor]]:
-        here = self.group.rank()
-        return [(t, self.buffer(t.source)) for t in transfers if t.receiver == here]
+    def _incoming(self, transfers: Sequence[Transfer]) -> list[tuple[Transfer, Tensor]]:
+        return [(t, self.buffer(t.source)) for t in transfers if t.receiver == self._here]
 
     def _expect(self, transfer: Transfer, works: list[dist.Work], buffer: Tensor) -> None:
         self._arriving.setdefault(transfer.source, []).append((works, buffer))

@@ -8,7 +8,7 @@ honoured exactly is refused, never ignored.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from longspan.attention.attend import attend, global_length
-from longspan.comm.mesh import axis_group
+from longspan.comm.mesh import flat_group
 from longspan.errors import ModelError
 from longspan.layout import Order, positions
 
@@ -45,12 +45,21 @@ class _Sharding:
 
     mesh: DeviceMesh
     order: Order
+    inside: Literal["ring", "heads"]
     documents: tuple[int, ...]
     calls: int = 0
 
 
-def patch(model: Model, *, mesh: DeviceMesh, order: Order | str = Order.ZIGZAG) -> Model:
+def patch(
+    model: Model,
+    *,
+    mesh: DeviceMesh,
+    order: Order | str = Order.ZIGZAG,
+    inside: Literal["ring", "heads"] = "ring",
+) -> Model:
     """Make ``model`` take this rank's share of a sequence that is sharded over ``mesh``.
+
+    ``mesh``, ``order`` and ``inside`` are those of ``longspan.attend``.
 
     Call the model with ``input_ids (B, S_local)``, this rank's tokens in ``order``, and
     ``cu_seqlens``, the *global* document boundaries (none: one document). Position ids are set
@@ -63,7 +72,7 @@ def patch(model: Model, *, mesh: DeviceMesh, order: Order | str = Order.ZIGZAG) 
     tokens by other means.
     """
     order = Order.of(order)
-    axis_group(mesh)
+    flat_group(mesh)
     check_model(model)
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _no_mask)
@@ -71,7 +80,7 @@ def patch(model: Model, *, mesh: DeviceMesh, order: Order | str = Order.ZIGZAG) 
     model.config.use_cache = False
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, _sharded_arguments(args, kwargs, mesh, order)
+        return args, _sharded_arguments(args, kwargs, mesh, order, inside)
 
     def after(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
         found, expected = kwargs[_NAME].calls, module.config.num_hidden_layers
@@ -123,10 +132,14 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def _sharded_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any], mesh: DeviceMesh, order: Order
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mesh: DeviceMesh,
+    order: Order,
+    inside: Literal["ring", "heads"],
 ) -> dict[str, Any]:
     """The model's arguments, with positions and boundaries filled in and the rest checked."""
-    group = axis_group(mesh)
+    group = flat_group(mesh)
     cu_seqlens = kwargs.pop("cu_seqlens", None)
     tokens = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
                    if x is not None), None)  # fmt: skip
@@ -147,7 +160,7 @@ def _sharded_arguments(
         documents: tuple[int, ...] = (0, global_length(tokens.shape[1], group, order))
     else:
         documents = tuple(int(end) for end in cu_seqlens)
-    sharding = _Sharding(mesh, order, documents)
+    sharding = _Sharding(mesh, order, inside, documents)
     if kwargs.get("position_ids") is None:
         own = _positions_in_documents(documents, group, order)
         kwargs["position_ids"] = own.to(tokens.device).expand(tokens.shape[0], -1)
@@ -193,6 +206,7 @@ def _attention(
         mesh=longspan.mesh,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         order=longspan.order,
+        inside=longspan.inside,
         scale=scaling,
         cu_seqlens=longspan.documents,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from longspan.errors import LayoutError
-from longspan.layout import Order, Run, runs
+from longspan.layout import Order, Run, place_runs
 
 __all__ = ["Block", "Ring", "blocks", "tokens"]
 
@@ -25,7 +25,8 @@ class Ring:
     (cu_seqlens); tokens attend only inside their document. What a token's things weigh on the
     wire: ``kv_bytes`` its keys and values, ``grad_bytes`` their gradients, ``q_bytes`` its query
     with its output's gradient and row statistics, ``dq_bytes`` the query's gradient.
-    ``node_ranks``: how many ranks, side by side, are in a node; 0: all.
+    ``node_ranks``: how many ranks, side by side, are in a node; 0: all. ``width``: how many ranks
+    of the order hold a rank's tokens together (after a head exchange among them).
     """
 
     length: int
@@ -38,6 +39,7 @@ class Ring:
     q_bytes: int = 0
     dq_bytes: int = 0
     node_ranks: int = 0
+    width: int = 1
 
     def __post_init__(self) -> None:
         ends = self.documents
@@ -88,7 +90,7 @@ class _Piece:
 def _pieces(ring: Ring, rank: int) -> tuple[_Piece, ...]:
     found = []
     ends = ring.documents
-    for run in runs(ring.length, rank, ring.world, ring.order):
+    for run in place_runs(ring.length, rank, ring.world, ring.width, ring.order):
         done = 0
         while done < run.count:
             start = run.start + done * run.stride
@@ -99,11 +101,13 @@ def _pieces(ring: Ring, rank: int) -> tuple[_Piece, ...]:
     return tuple(found)
 
 
-def _between(q: Run, kv: Run, causal: bool) -> Block | None:
-    """What the tokens of one run see of another rank's run of the same document."""
+def _between(q: Run, kv: Run, causal: bool, same: bool) -> Block | None:
+    """What the tokens of one run see of another run of the same document, or the same run."""
     q_stop, kv_stop = q.local + q.count, kv.local + kv.count
     if not causal:
         return Block(q.local, q_stop, kv.local, kv_stop, False)
+    if same:
+        return Block(q.local, q_stop, q.local, q_stop, True)
     if q.stride == 1:
         return Block(q.local, q_stop, kv.local, kv_stop, False) if kv.start < q.start else None
     # Stripes interleave: query a sees keys up to a, or up to a-1 if the keys' stripe comes later.
@@ -141,7 +145,7 @@ def blocks(ring: Ring, q_rank: int, kv_rank: int) -> tuple[Block, ...]:
     by_document: dict[int, list[Run]] = {}
     for piece in _pieces(ring, kv_rank):
         by_document.setdefault(piece.document, []).append(piece.run)
-    if q_rank == kv_rank:
+    if q_rank == kv_rank and (ring.width == 1 or ring.order is not Order.STRIPED):
         # Positions ascend on a rank, so its own part of a document is one triangle or square.
         own = [(part[0].local, part[-1].local + part[-1].count) for part in by_document.values()]
         return tuple(Block(start, stop, start, stop, ring.causal) for start, stop in own)
@@ -149,7 +153,7 @@ def blocks(ring: Ring, q_rank: int, kv_rank: int) -> tuple[Block, ...]:
         block
         for piece in _pieces(ring, q_rank)
         for kv in by_document.get(piece.document, ())
-        if (block := _between(piece.run, kv, ring.causal))
+        if (block := _between(piece.run, kv, ring.causal, piece.run == kv and q_rank == kv_rank))
     ]
     return tuple(_joined(_joined(found)))
 
