@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo picture test check bench clean iproute2
+.PHONY: demo picture test check bench bench-peers clean iproute2
 
 demo: $(STAMP)
 	$(BIN)/longspan demo
@@ -25,6 +25,11 @@ check: $(STAMP)
 bench: $(STAMP)
 	@for file in $$(grep -l '^def main' benchmarks/*.py); do \
 		echo "== $$file"; $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+
+# What benchmarks compare with; --no-deps, as DeepSpeed would bring another torch.
+bench-peers: $(STAMP)
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps setuptools hjson py-cpuinfo psutil msgpack einops
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps --no-build-isolation deepspeed==0.19.8
 
 # Debian leaves the venv module out of python3; where it is missing, root can mend it.
 $(STAMP): pyproject.toml constraints.txt
