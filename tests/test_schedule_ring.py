@@ -1,5 +1,7 @@
 """The ring's schedule, against masks written out and formulas."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from longspan.schedule.ops import Comm
 from longspan.schedule.ring import Ring, Round, comms, rounds
 
 rings = st.builds(
-    lambda cuts, length, world, order, causal: Ring(
+    lambda cuts, length, world, order, causal, window: Ring(
         length,
         world,
         order,
@@ -19,12 +21,14 @@ rings = st.builds(
         (0, *sorted(cut % (length + 1) for cut in cuts), length),
         kv_bytes=6,
         grad_bytes=10,
+        window=window if causal else None,
     ),
     st.lists(st.integers(0, 60), max_size=5),
     st.integers(0, 60),
     st.integers(1, 5),
     st.sampled_from(list(Order)),
     st.booleans(),
+    st.one_of(st.none(), st.integers(1, 60)),
 )
 
 
@@ -33,7 +37,9 @@ def visible(ring: Ring) -> np.ndarray:
     where = np.arange(ring.length)
     document = np.searchsorted(ring.documents[1:], where, side="right")
     seen = document[:, None] == document[None]
-    return seen & (where[:, None] >= where[None]) if ring.causal else seen
+    back = where[:, None] - where[None]
+    reach = ring.length if ring.window is None else ring.window
+    return seen & (back >= 0) & (back < reach) if ring.causal else seen
 
 
 def covered(ring: Ring, rank: int, turns: tuple[Round, ...]) -> np.ndarray:
@@ -46,6 +52,8 @@ def covered(ring: Ring, rank: int, turns: tuple[Round, ...]) -> np.ndarray:
             rows, columns = block.q_stop - block.q_start, block.kv_stop - block.kv_start
             assert rows and columns and (rows == columns or not block.causal)
             mask = np.tri(rows, dtype=int) if block.causal else np.ones((rows, columns), int)
+            assert block.causal or not block.flipped
+            mask = np.flip(mask) if block.flipped else mask
             q, kv = own[block.q_start : block.q_stop], theirs[block.kv_start : block.kv_stop]
             seen[np.ix_(q, kv)] += mask
             assert block.pairs == mask.sum()
@@ -135,7 +143,28 @@ def test_short_documents_send_next_to_nothing() -> None:
     assert all(not comms(ring, rank, backward=True) for rank in range(4))
 
 
+def test_a_window_in_contiguous_order_reaches_few_ranks() -> None:
+    full = Ring(8192, 8, Order.CONTIGUOUS, True, (0, 8192), 1, 1)
+    near = replace(full, window=1024)
+
+    def total(ring: Ring) -> tuple[int, int, int]:
+        turns = [turn for rank in range(8) for turn in rounds(ring, rank)]
+        found = [block for turn in turns for block in turn.blocks]
+        sent = [t for rank in range(8) for t in comms(ring, rank, backward=True)]
+        return sum(b.pairs for b in found), len(found), sum(op.sizes[0] for op in sent)
+
+    pairs, count, sent = total(near)
+    assert pairs == 1024 * 8192 - 1024 * 1023 // 2
+    assert pairs < total(full)[0] / 3
+    assert count == 8 + 7  # a triangle for each rank, and one for its neighbour
+    assert sent == 7 * 1024 * 2  # keys go one hop, and their gradients one hop home
+
+
 def test_what_is_refused() -> None:
+    with pytest.raises(LayoutError, match="window of 0"):
+        Ring(8, 2, Order.ZIGZAG, True, (0, 8), 1, 1, window=0)
+    with pytest.raises(LayoutError, match="causal"):
+        Ring(8, 2, Order.ZIGZAG, False, (0, 8), 1, 1, window=4)
     for documents in ((), (1, 8), (0, 7)):
         with pytest.raises(LayoutError, match="start at 0 and end at"):
             Ring(8, 2, Order.ZIGZAG, True, documents, 1, 1)

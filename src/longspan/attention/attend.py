@@ -25,18 +25,20 @@ def attend(
     causal: bool = True,
     order: Order | str = Order.ZIGZAG,
     scale: float | None = None,
+    window: int | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """Exact attention over a sequence whose tokens are sharded over the one axis of ``mesh``.
 
     q ``(B, Hq, S_local, D)``, k and v ``(B, Hkv, S_local, D)``, Hq a multiple of Hkv; S_local is
     this rank's share of any global length in ``order`` (``longspan.positions``). Returns
-    ``(B, Hq, S_local, D)`` in q's dtype. ``scale`` defaults to 1/√D. ``cu_seqlens``: where packed
-    documents start in the *global* sequence and where the last ends, the same on every rank and
-    in every row of the batch; on the CPU, so that nothing waits for a device. Without it the
-    sequence is one document, and the ranks tell each other their lengths.
+    ``(B, Hq, S_local, D)`` in q's dtype. ``scale`` defaults to 1/√D. With a ``window``
+    each token sees itself and the window-1 tokens before it, as transformers' ``sliding_window``.
+    ``cu_seqlens``: where packed documents start in the *global* sequence and where the last ends,
+    the same on every rank and in every row of the batch; on the CPU, so that nothing waits for a
+    device. Without it the sequence is one document, and the ranks tell each other their lengths.
 
-    Raises LayoutError for tensors, mesh, order and documents that don't fit together.
+    Raises LayoutError for tensors, mesh, order, window and documents that don't fit together.
     """
     group = axis_group(mesh)
     order = Order.of(order)
@@ -46,7 +48,7 @@ def attend(
         documents = (0, global_length(q.shape[2], group, order))
     else:
         documents = tuple(int(end) for end in cu_seqlens)
-    ring = ring_of(k, v, group.size(), order, causal, documents)
+    ring = ring_of(k, v, group.size(), order, causal, documents, window)
     expected = local_length(ring.length, group.rank(), group.size(), order)
     if q.shape[2] != expected:
         raise LayoutError(
@@ -66,6 +68,7 @@ def ring_of(
     order: Order | str,
     causal: bool,
     documents: Sequence[int],
+    window: int | None = None,
 ) -> Ring:
     """The ring schedule's sizes for these keys and values."""
     numbers = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
@@ -77,6 +80,7 @@ def ring_of(
         documents=tuple(documents),
         kv_bytes=numbers * k.element_size(),
         grad_bytes=numbers * accumulation_dtype(k.dtype).itemsize,
+        window=window,
     )
 
 

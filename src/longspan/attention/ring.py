@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.attention.kernels import kernel_for
+from longspan.attention.kernels import Flipped, kernel_for
 from longspan.attention.merge import merge_
 from longspan.comm.p2p import UnderWay, start
 from longspan.layout import local_length
@@ -78,7 +78,8 @@ class RingAttention(torch.autograd.Function):
             for block in turn.blocks:
                 rows = slice(block.q_start, block.q_stop)
                 kv = buffers.views(held, turn.source, block)
-                part = kernel.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
+                run = Flipped(kernel) if block.flipped else kernel
+                part = run.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
                 merge_(out[:, :, rows], lse[:, :, rows], *part)
             held = next(iter(moving.wait().values()), held)
         out = out.to(q.dtype)
@@ -101,7 +102,8 @@ class RingAttention(torch.autograd.Function):
             travelling = own if turn.source == rank else gradients.empty(turn.source).zero_()
             for block in turn.blocks:
                 rows = slice(block.q_start, block.q_stop)
-                part = kernel.backward(
+                run = Flipped(kernel) if block.flipped else kernel
+                part = run.backward(
                     dout[:, :, rows],
                     q[:, :, rows],
                     *buffers.views(held, turn.source, block),
