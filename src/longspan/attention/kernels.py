@@ -3,7 +3,8 @@
 Shapes: q ``(B, Hq, Sq, D)``, k ``(B, Hkv, Skv, D)``, v ``(B, Hkv, Skv, Dv)``; Hq is a multiple of
 Hkv (grouped queries). A kernel returns ``out (B, Hq, Sq, Dv)`` in q's dtype and
 ``lse (B, Hq, Sq)``, the natural logarithm of the softmax denominator, in the accumulation dtype;
--inf where nothing is attended. A causal block is square.
+-inf where nothing is attended. A causal block is square; an upper triangle is one read from its
+end (``Flipped``).
 
 Backward takes the *global* out and lse of a query, over all the keys it sees on all ranks, so
 that each block's gradients simply add up.
@@ -14,7 +15,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CpuFlash", "CudaEfficient", "CudaFlash", "Kernel", "Reference", "kernel_for"]
+__all__ = [
+    "CpuFlash",
+    "CudaEfficient",
+    "CudaFlash",
+    "Flipped",
+    "Kernel",
+    "Reference",
+    "kernel_for",
+]
 
 aten = torch.ops.aten
 
@@ -218,3 +227,38 @@ class CudaEfficient:
             scale=scale,
         )
         return dq, _fold(dk, k.shape[1]), _fold(dv, v.shape[1])
+
+
+class Flipped:
+    """Another kernel, with queries and keys read from their ends: causal sees the upper triangle.
+
+    Attention knows no order but its mask's, so this is exact; it copies the block's tensors.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the block."""
+        q, k, v = (x.flip(2) for x in (q, k, v))
+        out, lse = self.kernel.forward(q, k, v, causal=causal, scale=scale)
+        return out.flip(2), lse.flip(2)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) of the block."""
+        flipped = (x.flip(2) for x in (dout, q, k, v, out, lse))
+        dq, dk, dv = self.kernel.backward(*flipped, causal=causal, scale=scale)
+        return dq.flip(2), dk.flip(2), dv.flip(2)
