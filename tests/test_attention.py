@@ -17,6 +17,7 @@ from longspan.attention.kernels import (
     CudaFlash,
     Flipped,
     Kernel,
+    Padded,
     Reference,
     kernel_for,
 )
@@ -272,6 +273,24 @@ def test_reference_is_dense_attention() -> None:
         assert torch.allclose(found, x.grad, atol=1e-12)
 
 
+@pytest.mark.parametrize("dims", [(24, 16), (8, 20)])
+def test_padded_is_the_reference(dims: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    wide = {"dtype": torch.float64, "generator": generator}
+    q, k = torch.randn(1, 4, 9, dims[0], **wide), torch.randn(1, 2, 9, dims[0], **wide)
+    v, dout = torch.randn(1, 2, 9, dims[1], **wide), torch.randn(1, 4, 9, dims[1], **wide)
+    out, lse = Padded(CpuFlash()).forward(q, k, v, causal=True, scale=0.3)
+    expected = Reference().forward(q, k, v, causal=True, scale=0.3)
+    found = (
+        out,
+        lse,
+        *Padded(CpuFlash()).backward(dout, q, k, v, out, lse, causal=True, scale=0.3),
+    )
+    expected += Reference().backward(dout, q, k, v, *expected, causal=True, scale=0.3)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-12) and a.shape == b.shape
+
+
 def test_flipped_sees_the_upper_triangle() -> None:
     q, k, v = torch.randn(3, 1, 2, 9, 8, dtype=torch.float64)
     out, lse = Flipped(CpuFlash()).forward(q, k, v, causal=True, scale=0.3)
@@ -303,7 +322,8 @@ def test_merge_joins_disjoint_keys() -> None:
 def test_kernel_choice() -> None:
     q = torch.randn(1, 2, 3, 8)
     assert isinstance(kernel_for(q, q), CpuFlash)
-    assert isinstance(kernel_for(q, q[..., :4]), Reference)
+    assert isinstance(kernel_for(q, q[..., :4]), Padded)
+    assert isinstance(kernel_for(q.to("meta"), q.to("meta")), Reference)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import copy
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,8 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import longspan
 from longspan.comm.mesh import flat_group
+from longspan.data.packing import PackedSequence
 from longspan.errors import LeakError, ModelError
+from longspan.layout import Order
 from longspan.models.transformers import check_model
+from longspan.train.figures import ring_figures
 
 SMALL = {
     "vocab_size": 101,
@@ -237,6 +241,24 @@ def deaf(mesh: DeviceMesh) -> str:
     return str(caught.value)
 
 
+def test_ring_figures_know_each_layers_window() -> None:
+    tokens = np.zeros(256, np.int64)
+    batch = [PackedSequence(tokens, tokens, np.array([0, 200, 256]))]
+
+    def ring_bytes(*kinds: str) -> float:
+        changes = {"layer_types": list(kinds), "num_hidden_layers": len(kinds)}
+        config = AutoConfig.for_model("gemma3_text", **FAMILIES["gemma3_text"] | changes)
+        figures = ring_figures(batch, config, torch.float32, 4, Order.CONTIGUOUS)
+        return figures["ring_bytes"]
+
+    full, near = ring_bytes("full_attention"), ring_bytes("sliding_attention")
+    # Three neighbours: keys in forward, keys and their gradients in backward. A rank has 64 tokens,
+    # and a token 64 numbers of 4 bytes.
+    assert near == 3 * 3 * 64 * 64 * 4
+    assert full > near
+    assert ring_bytes("sliding_attention", "full_attention", "full_attention") == near + 2 * full
+
+
 def test_the_probe_wants_to_see_something_change(ranks: Ranks) -> None:
     assert all("no output at all" in message for message in ranks.run(deaf, world=2))
 
@@ -254,6 +276,16 @@ def test_the_probe_wants_to_see_something_change(ranks: Ranks) -> None:
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rotary embedding .dynamic.",
+        ),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
             "rotary embedding .dynamic.",
         ),
     ],

@@ -21,6 +21,7 @@ __all__ = [
     "CudaFlash",
     "Flipped",
     "Kernel",
+    "Padded",
     "Reference",
     "kernel_for",
 ]
@@ -53,15 +54,16 @@ class Kernel(Protocol):
 
 def kernel_for(q: Tensor, v: Tensor) -> Kernel:
     """The fastest kernel that is exact for these tensors' device, dtype and head dims."""
-    if q.shape[-1] != v.shape[-1]:
-        return Reference()
+    kernel: Kernel
     if q.device.type == "cpu":
-        return CpuFlash()
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
-        return CudaFlash()
-    if q.device.type == "cuda" and q.dtype == torch.float32:
-        return CudaEfficient()
-    return Reference()
+        kernel = CpuFlash()
+    elif q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+        kernel = CudaFlash()
+    elif q.device.type == "cuda" and q.dtype == torch.float32:
+        kernel = CudaEfficient()
+    else:
+        return Reference()
+    return kernel if q.shape[-1] == v.shape[-1] else Padded(kernel)
 
 
 def _repeat(kv: Tensor, heads: int) -> Tensor:
@@ -262,3 +264,44 @@ class Flipped:
         flipped = (x.flip(2) for x in (dout, q, k, v, out, lse))
         dq, dk, dv = self.kernel.backward(*flipped, causal=causal, scale=scale)
         return dq.flip(2), dk.flip(2), dv.flip(2)
+
+
+class Padded:
+    """Another kernel, where values' head dim isn't the keys': the narrower get zeros, cut off."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the block."""
+        width = max(q.shape[-1], v.shape[-1])
+        wide = (_widen(x, width) for x in (q, k, v))
+        out, lse = self.kernel.forward(*wide, causal=causal, scale=scale)
+        return out[..., : v.shape[-1]], lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) of the block."""
+        width = max(q.shape[-1], v.shape[-1])
+        dout, wide_q, wide_k, wide_v, out = (_widen(x, width) for x in (dout, q, k, v, out))
+        grads = self.kernel.backward(
+            dout, wide_q, wide_k, wide_v, out, lse, causal=causal, scale=scale
+        )
+        dq, dk, dv = (g[..., : x.shape[-1]] for g, x in zip(grads, (q, k, v), strict=True))
+        return dq, dk, dv
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
