@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from longspan.attention.kept import Kept
 from longspan.attention.ring import RingAttention, accumulation_dtype
 from longspan.comm.mesh import axis_group
 from longspan.errors import LayoutError
@@ -26,6 +27,7 @@ def attend(
     order: Order | str = Order.ZIGZAG,
     scale: float | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Exact attention over a sequence whose tokens are sharded over the one axis of ``mesh``.
 
@@ -34,7 +36,8 @@ def attend(
     ``(B, Hq, S_local, D)`` in q's dtype. ``scale`` defaults to 1/√D. ``cu_seqlens``: where packed
     documents start in the *global* sequence and where the last ends, the same on every rank and
     in every row of the batch; on the CPU, so that nothing waits for a device. Without it the
-    sequence is one document, and the ranks tell each other their lengths.
+    sequence is one document, and the ranks tell each other their lengths. ``kept`` remembers a
+    part of the result for when the same call is made again to recompute activations.
 
     Raises LayoutError for tensors, mesh, order and documents that don't fit together.
     """
@@ -54,8 +57,11 @@ def attend(
             f"{order} order, but q has {q.shape[2]}: cut it with longspan.positions"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    late = None if kept is None else kept.recalled()
     out: Tensor
-    out, _ = RingAttention.apply(q, k, v, ring, group, scale)
+    out, lse = RingAttention.apply(q, k, v, ring, group, scale, late)
+    if kept is not None and late is None:
+        kept.keep(out, lse, ring, group.rank())
     return out
 
 

@@ -6,7 +6,7 @@ so that keys and values go as one message whatever their head dims. Results are 
 float32 (float64 for float64), and gradients travel so.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor
 from longspan.attention.kernels import kernel_for
 from longspan.attention.merge import merge_
 from longspan.comm.p2p import UnderWay, start
-from longspan.layout import local_length
-from longspan.schedule.ring import Block, Ring, rounds
+from longspan.schedule.ring import Block, Ring, rounds, tokens
 
-__all__ = ["RingAttention", "accumulation_dtype"]
+__all__ = ["Late", "RingAttention", "accumulation_dtype"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,8 +36,8 @@ class _Buffers:
     dtype: torch.dtype
 
     def _shapes(self, source: int) -> tuple[torch.Size, torch.Size]:
-        tokens = local_length(self.ring.length, source, self.ring.world, self.ring.order)
-        k, v = (torch.Size((*x.shape[:2], tokens, x.shape[3])) for x in (self.k, self.v))
+        count = tokens(self.ring, source)
+        k, v = (torch.Size((*x.shape[:2], count, x.shape[3])) for x in (self.k, self.v))
         return k, v
 
     def empty(self, source: int) -> Tensor:
@@ -55,8 +54,20 @@ class _Buffers:
         return k[:, :, block.kv_start : block.kv_stop], v[:, :, block.kv_start : block.kv_stop]
 
 
+@dataclass(frozen=True)
+class Late:
+    """Out and lse of this rank's tokens from position ``stop`` on, known from an earlier run."""
+
+    stop: int
+    out: Tensor
+    lse: Tensor
+
+
 class RingAttention(torch.autograd.Function):
-    """``apply(q, k, v, ring, group, scale) -> (out, lse)``; lse carries no gradient."""
+    """``apply(q, k, v, ring, group, scale, late) -> (out, lse)``; lse carries no gradient.
+
+    If ``late`` isn't None forward computes, and sends, only what the tokens before it need.
+    """
 
     @staticmethod
     def forward(
@@ -67,13 +78,16 @@ class RingAttention(torch.autograd.Function):
         ring: Ring,
         group: dist.ProcessGroup,
         scale: float,
+        late: Late | None,
     ) -> tuple[Tensor, Tensor]:
+        rank, early = group.rank(), ring if late is None else replace(ring, stop=late.stop)
+        count = tokens(early, rank)
         kernel, wide = kernel_for(q, v), accumulation_dtype(q.dtype)
         out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=wide)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
-        buffers = _Buffers(ring, k, v, k.dtype)
+        buffers = _Buffers(early, k[:, :, :count], v[:, :, :count], k.dtype)
         held = buffers.filled()
-        for turn in rounds(ring, group.rank()):
+        for turn in rounds(early, rank):
             moving = start(turn.kv, group, held, buffers.empty)
             for block in turn.blocks:
                 rows = slice(block.q_start, block.q_stop)
@@ -81,6 +95,8 @@ class RingAttention(torch.autograd.Function):
                 part = kernel.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
                 merge_(out[:, :, rows], lse[:, :, rows], *part)
             held = next(iter(moving.wait().values()), held)
+        if late is not None:
+            out[:, :, count:], lse[:, :, count:] = late.out, late.lse
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.ring, ctx.group, ctx.scale = ring, group, scale
@@ -120,4 +136,4 @@ class RingAttention(torch.autograd.Function):
         for arrived in grads_moving.wait().values():
             own += arrived
         dk, dv = gradients.views(own, rank, Block(0, 0, 0, k.shape[2], False))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None

@@ -17,9 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from longspan.attention.attend import attend, global_length
+from longspan.attention.kept import Kept
 from longspan.comm.mesh import axis_group
 from longspan.errors import ModelError
 from longspan.layout import Order, positions
+from longspan.models.loss import ModelLoss
 
 __all__ = ["check_model", "patch"]
 
@@ -54,9 +56,13 @@ def patch(model: Model, *, mesh: DeviceMesh, order: Order | str = Order.ZIGZAG) 
 
     Call the model with ``input_ids (B, S_local)``, this rank's tokens in ``order``, and
     ``cu_seqlens``, the *global* document boundaries (none: one document). Position ids are set
-    from them where they aren't given. It returns the logits of the local tokens. A loss is only
-    computed from labels that are already shifted, over the global count of targets: pass
-    ``labels``, ``shift_labels`` and ``num_items_in_batch``, and add up the ranks' losses.
+    from them where they aren't given. It returns the logits of the local tokens.
+
+    With ``targets (B, S_local)``, what each local token should be followed by (-100: nothing), it
+    returns instead the *sum* of their cross-entropies as ``loss``, in float32, and never makes the
+    logits: divide by the global count of targets and add up the ranks' losses. transformers' own
+    loss needs labels that are already shifted, over that count: ``labels``, ``shift_labels`` and
+    ``num_items_in_batch``.
 
     Returns the same model. Raises ModelError, here or in forward, for what can't be honoured
     exactly: sliding windows, softcaps, sinks, attention dropout, masks, caches, layers that mix
@@ -69,17 +75,19 @@ def patch(model: Model, *, mesh: DeviceMesh, order: Order | str = Order.ZIGZAG) 
     AttentionMaskInterface.register(_NAME, _no_mask)
     model.set_attn_implementation(_NAME)
     model.config.use_cache = False
+    losses = ModelLoss(model)
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, _sharded_arguments(args, kwargs, mesh, order)
+        return args, losses.asked(_sharded_arguments(args, kwargs, mesh, order))
 
-    def after(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def after(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
         found, expected = kwargs[_NAME].calls, module.config.num_hidden_layers
         if found != expected:
             raise ModelError(
                 f"{_name(module)} has {expected} layers but {found} of them attended through "
                 "longspan: the others may mix tokens in a way that can't be sharded"
             )
+        return losses.given(output)
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True)
@@ -172,6 +180,7 @@ def _attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     longspan: _Sharding | None = None,
+    longspan_kept: Kept | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     if longspan is None:
@@ -195,6 +204,7 @@ def _attention(
         order=longspan.order,
         scale=scaling,
         cu_seqlens=longspan.documents,
+        kept=longspan_kept,
     )
     return out.transpose(1, 2).contiguous(), None
 

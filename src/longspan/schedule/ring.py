@@ -19,7 +19,7 @@ from longspan.errors import LayoutError
 from longspan.layout import Order, Run, runs
 from longspan.schedule.ops import Comm
 
-__all__ = ["Block", "Ring", "Round", "Transfer", "blocks", "comms", "rounds"]
+__all__ = ["Block", "Ring", "Round", "Transfer", "blocks", "comms", "rounds", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class Ring:
 
     ``documents``: where each document starts, and the end of the last: 0, …, length
     (cu_seqlens); tokens attend only inside their document. ``kv_bytes`` and ``grad_bytes``: what
-    a token's keys and values, and their gradients, weigh on the wire.
+    a token's keys and values, and their gradients, weigh on the wire. ``stop``: only tokens before
+    this position take part; if causal, they attend as in the whole sequence.
     """
 
     length: int
@@ -38,6 +39,7 @@ class Ring:
     documents: tuple[int, ...]
     kv_bytes: int
     grad_bytes: int
+    stop: int | None = None
 
     def __post_init__(self) -> None:
         ends = self.documents
@@ -106,11 +108,13 @@ def _pieces(ring: Ring, rank: int) -> tuple[_Piece, ...]:
     found = []
     ends = ring.documents
     for run in runs(ring.length, rank, ring.world, ring.order):
-        done = 0
-        while done < run.count:
+        done, total = 0, run.count
+        if ring.stop is not None:
+            total = min(total, -(-(ring.stop - run.start) // run.stride))
+        while done < total:
             start = run.start + done * run.stride
             document = bisect_right(ends, start) - 1
-            count = min(run.count - done, -(-(ends[document + 1] - start) // run.stride))
+            count = min(total - done, -(-(ends[document + 1] - start) // run.stride))
             found.append(_Piece(document, Run(run.local + done, start, count, run.stride)))
             done += count
     return tuple(found)
@@ -177,7 +181,8 @@ def _last_needed(ring: Ring, source: int) -> int:
     return next((h for h in hops if blocks(ring, (source + h) % ring.world, source)), 0)
 
 
-def _tokens(ring: Ring, rank: int) -> int:
+def tokens(ring: Ring, rank: int) -> int:
+    """How many tokens of ``rank`` take part: its first ones."""
     return sum(piece.run.count for piece in _pieces(ring, rank))
 
 
@@ -185,7 +190,7 @@ def _kv_transfer(ring: Ring, sender: int, hops: int) -> Iterator[Transfer]:
     """What ``sender`` hands on in the round in which it holds keys from ``hops`` ranks before."""
     source = (sender - hops) % ring.world
     if hops < _last_needed(ring, source):
-        size = _tokens(ring, source) * ring.kv_bytes
+        size = tokens(ring, source) * ring.kv_bytes
         yield Transfer(sender, (sender + 1) % ring.world, source, size)
 
 
@@ -196,7 +201,7 @@ def _grad_transfer(ring: Ring, sender: int, hops: int) -> Iterator[Transfer]:
     shared = any(blocks(ring, (source + h) % ring.world, source) for h in range(1, hops + 1))
     if shared and 1 <= hops <= last:
         receiver = source if hops == last else (sender + 1) % ring.world
-        yield Transfer(sender, receiver, source, _tokens(ring, source) * ring.grad_bytes)
+        yield Transfer(sender, receiver, source, tokens(ring, source) * ring.grad_bytes)
 
 
 @lru_cache(maxsize=256)
