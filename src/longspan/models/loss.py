@@ -188,6 +188,11 @@ class LazyLogits:
     def __getitem__(self, _: Any) -> Any:
         raise ModelError("the model's forward cuts its logits: pass no targets")
 
+    def __add__(self, _: Any) -> Any:
+        raise ModelError("the model's forward adds to its logits: pass no targets")
+
+    __radd__ = __sub__ = __add__
+
 
 def _number(scale: Any) -> Any:
     if not isinstance(scale, int | float):
