@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo picture test check bench clean iproute2
+.PHONY: demo picture test check bench bench-peers clean iproute2
 
 demo: $(STAMP)
 	$(BIN)/longspan demo
@@ -21,8 +21,15 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
+# One after the other, so that none disturbs another's times.
 bench: $(STAMP)
-	@ls benchmarks/*.py | grep -v __init__ | sed 's|benchmarks/\(.*\)\.py|$(BIN)/python -m benchmarks.\1|'
+	@for file in $$(grep -l '^def main' benchmarks/*.py); do \
+		echo "== $$file"; $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+
+# What benchmarks compare with; --no-deps, as DeepSpeed would bring another torch.
+bench-peers: $(STAMP)
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps setuptools hjson py-cpuinfo psutil msgpack einops
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps --no-build-isolation deepspeed==0.19.8
 
 # Debian leaves the venv module out of python3; where it is missing, root can mend it.
 $(STAMP): pyproject.toml constraints.txt

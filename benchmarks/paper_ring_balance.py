@@ -10,15 +10,17 @@ through memory. A ratio to the ideal holds if it is within 10 % of the published
     python -m benchmarks.paper_ring_balance
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from benchmarks.record import conclude
 from longspan.cluster.fabric import Link
 from longspan.cluster.simulate import simulate
 from longspan.cluster.spec import Cluster, Device, uniform
 from longspan.layout import Order
-from longspan.schedule.ops import Comm, Compute, Task
-from longspan.schedule.ring import Ring, Round, Transfer, rounds
+from longspan.schedule.ops import Compute
+from longspan.schedule.ring import Ring
+from longspan.schedule.ring_tasks import Named, ring_tasks
+from longspan.schedule.rounds import Round, Transfer
 
 WORLD, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 8, 8192, 32, 8, 128
 QUERIES, KEYS = HEADS * HEAD_DIM, 2 * KV_HEADS * HEAD_DIM  # numbers a token
@@ -62,71 +64,44 @@ def machine() -> Cluster:
     return uniform(device, devices=WORLD, link=Link(latency_s=3.4e-6, bytes_per_s=200e9))
 
 
-@dataclass
-class Player:
-    """Writes one rank's schedule, round by round."""
+class PeerKernels:
+    """The kernels of that library's rounds: flash attention's, then elementwise ones."""
 
-    ring: Ring
-    rank: int
-    tasks: list[Task]
+    def begin(self, backward: bool) -> list[Named]:
+        """Keys and values are made one tensor."""
+        return [] if backward else memory(CONTIGUOUS, KEYS * TOKENS)
 
-    def add(self, op: Comm | Compute, lane: str, after: tuple[int, ...]) -> None:
-        """Append a task."""
-        self.tasks.append(Task(op, lane, after))
-
-    def last(self, lane: str) -> tuple[int, ...]:
-        """The last place of a lane, if it has one."""
-        places = [i for i, task in enumerate(self.tasks) if task.lane == lane]
-        return tuple(places[-1:])
-
-    def play(self, backward: bool) -> None:
-        """All rounds of forward or backward."""
-        if not backward:
-            self.memory(CONTIGUOUS, KEYS * TOKENS)
-        for index, turn in enumerate(rounds(self.ring, self.rank, backward)):
-            arrived, before = self.last("kv-in"), self.last("compute")
-            for way in turn.kv:
-                lane = "kv-out" if way.sender == self.rank else "kv-in"
-                self.add(send(way), lane, (*before, *arrived))
-            if turn.blocks:
-                self.attend(turn, index, backward, arrived)
-            before = self.last("compute")
-            for way in turn.grads:
-                out = way.sender == self.rank
-                self.add(send(way), "grad-out" if out else "grad-in", before if out else ())
-        if backward:
-            self.memory(CAST, (KEYS + QUERIES) * TOKENS, self.last("grad-in"))
-            self.memory(UNPACK, KEYS * TOKENS)
-        else:
-            self.memory(CAST, QUERIES * TOKENS)
-
-    def attend(self, turn: Round, index: int, backward: bool, arrived: tuple[int, ...]) -> None:
-        """One round: its blocks, and the joining of what they give."""
+    def attend(self, turn: Round, first: bool, backward: bool) -> list[Named]:
+        """A round's kernel, and the joining of the outputs or of the queries' gradients."""
+        if not turn.blocks:
+            return []
         kind, factor = ("backward", 2.5) if backward else ("forward", 1.0)
         flops = factor * 4 * QUERIES * sum(block.pairs for block in turn.blocks)
-        self.add(Compute(kind, flops, dtype="bfloat16"), "compute", arrived)
+        found: list[Named] = [(kind, Compute(kind, flops, dtype="bfloat16"))]
         rows = max(b.q_stop for b in turn.blocks) - min(b.q_start for b in turn.blocks)
+        if first or backward:
+            return found + memory(CAST if first else ADD, QUERIES * rows)
+        found += memory(JOIN + COPY_BACK * (rows < TOKENS), QUERIES * rows)
+        return found + memory((0,) * SMALL, 0)
+
+    def add(self, turn: Round, first: bool, received: Sequence[Transfer]) -> list[Named]:
+        """The keys' gradients, joined with those received."""
+        if not turn.blocks:
+            return []
         keys = max(b.kv_stop for b in turn.blocks) - min(b.kv_start for b in turn.blocks)
-        if backward:
-            step = ADD if index else CAST
-            self.memory(step, QUERIES * rows)
-            self.memory(step, KEYS * keys, self.last("grad-in"))
-        elif index:
-            self.memory(JOIN + COPY_BACK * (rows < TOKENS), QUERIES * rows)
-            for _ in range(SMALL):
-                self.memory((0,), 0)
-        else:
-            self.memory(CAST, QUERIES * rows)
+        return memory(CAST if first else ADD, KEYS * keys)
 
-    def memory(self, passes: tuple[int, ...], numbers: int, after: tuple[int, ...] = ()) -> None:
-        """Kernels that are bound by memory: bytes for each number, one after another."""
-        for size in passes:
-            self.add(Compute("elementwise", 0, size * numbers, "bfloat16"), "compute", after)
+    def end(self, backward: bool, received: Sequence[Transfer]) -> list[Named]:
+        """Back to bf16, and keys and values apart again."""
+        if not backward:
+            return memory(CAST, QUERIES * TOKENS)
+        return memory(CAST, (KEYS + QUERIES) * TOKENS) + memory(UNPACK, KEYS * TOKENS)
 
 
-def send(way: Transfer) -> Comm:
-    """A transfer as an op."""
-    return Comm("send", (way.sender, way.receiver), (way.bytes,))
+def memory(passes: tuple[int, ...], numbers: int) -> list[Named]:
+    """Kernels that are bound by memory: bytes for each number, one after another."""
+    ops = [Compute("elementwise", 0, size * numbers, "bfloat16") for size in passes]
+    return [("elementwise", op) for op in ops]
 
 
 def iterations_per_s(order: Order) -> tuple[float, float]:
@@ -135,12 +110,9 @@ def iterations_per_s(order: Order) -> tuple[float, float]:
     ring = Ring(length, WORLD, order, True, (0, length), KV_BYTES, 2 * KV_BYTES)
     speeds = []
     for both in (False, True):
-        players = [Player(ring, rank, []) for rank in range(WORLD)]
-        for player in players:
-            player.play(False)
-            if both:
-                player.play(True)
-        speeds.append(1 / simulate([player.tasks for player in players], machine()).seconds)
+        kernels = PeerKernels()
+        tasks = [ring_tasks(ring, rank, kernels, backward=both) for rank in range(WORLD)]
+        speeds.append(1 / simulate(tasks, machine()).seconds)
     return speeds[0], speeds[1]
 
 

@@ -11,7 +11,6 @@ from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import longspan
-from longspan.attention.attend import ring_of
 from longspan.attention.kernels import (
     CpuFlash,
     CudaEfficient,
@@ -21,10 +20,12 @@ from longspan.attention.kernels import (
     kernel_for,
 )
 from longspan.attention.merge import merge_
+from longspan.attention.ring import ring_of
 from longspan.comm.counting import CountBytes
+from longspan.comm.mesh import flat_group
 from longspan.errors import LayoutError
 from longspan.layout import Order
-from longspan.schedule.ring import comms
+from longspan.schedule.rounds import cheapest, comms
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -43,20 +44,26 @@ class Case:
     told: bool  # whether attend is told the documents, where there is only one
     scale: float
     seed: int
+    travels: str = "auto"
+    inside: str = "ring"
 
 
 cases = st.builds(
-    lambda lengths, causal, order, kv, group, batch, dtype, told, scale, seed: Case(
-        tuple(sum(lengths[:i]) for i in range(len(lengths) + 1)),
-        causal,
-        order,
-        kv * group,
-        kv,
-        batch,
-        dtype,
-        told or len(lengths) != 1,
-        scale,
-        seed,
+    lambda lengths, causal, order, kv, group, batch, dtype, told, scale, seed, travels, inside: (
+        Case(
+            tuple(sum(lengths[:i]) for i in range(len(lengths) + 1)),
+            causal,
+            order,
+            kv * group,
+            kv,
+            batch,
+            dtype,
+            told or len(lengths) != 1,
+            scale,
+            seed,
+            travels,
+            inside,
+        )
     ),
     st.lists(st.one_of(st.integers(0, 3), st.integers(4, 40)), min_size=1, max_size=6),
     st.booleans(),
@@ -68,6 +75,8 @@ cases = st.builds(
     st.booleans(),
     st.sampled_from([8**-0.5, 0.2]),
     st.integers(0, 10**6),
+    st.sampled_from(["auto", "kv", "q"]),
+    st.sampled_from(["ring", "heads"]),
 )
 
 
@@ -88,7 +97,7 @@ def worst_difference(mesh: DeviceMesh, case: Case) -> float:
     expected, _ = dense_attention(*whole, case.documents, case.causal, case.scale)
     expected.backward(dout)
 
-    own = longspan.positions(case.documents[-1], mesh.get_local_rank(), mesh.size(), case.order)
+    own = longspan.positions(case.documents[-1], flat_group(mesh).rank(), mesh.size(), case.order)
     q, k, v = (x.detach()[:, :, own].to(case.dtype).requires_grad_() for x in whole)
     out = longspan.attend(
         *(q, k, v),
@@ -97,6 +106,8 @@ def worst_difference(mesh: DeviceMesh, case: Case) -> float:
         order=case.order,
         scale=case.scale,
         cu_seqlens=case.documents if case.told else None,
+        travels=case.travels,
+        inside=case.inside,
     )
     assert out.dtype == case.dtype
     out.backward(dout[:, :, own].to(case.dtype))
@@ -114,6 +125,19 @@ def test_attention_is_exact(ranks: Ranks, case: Case, world: int) -> None:
     assert max(ranks.run(worst_difference, case, world=world)) < TOLERANCE[case.dtype]
 
 
+def on_two_axes(_: DeviceMesh, case: Case) -> float:
+    return worst_difference(
+        init_device_mesh("cpu", (2, 2), mesh_dim_names=("inter", "intra")), case
+    )
+
+
+@settings(max_examples=100)
+@given(case=cases)
+def test_two_axes_are_exact(ranks: Ranks, case: Case) -> None:
+    """The double ring, and the hybrid of head exchange and ring."""
+    assert max(ranks.run(on_two_axes, case)) < TOLERANCE[case.dtype]
+
+
 def counted_bytes(mesh: DeviceMesh, case: Case) -> tuple[tuple[int, int], tuple[int, int]]:
     """(promised, sent) in forward and in backward."""
     rank = mesh.get_local_rank()
@@ -121,14 +145,16 @@ def counted_bytes(mesh: DeviceMesh, case: Case) -> tuple[tuple[int, int], tuple[
     *inputs, dout = (x[:, :, own].to(case.dtype) for x in tensors(case))
     q, k, v = (x.requires_grad_() for x in inputs)
     told = {"causal": case.causal, "order": case.order, "cu_seqlens": case.documents}
+    told["travels"] = case.travels
     with CountBytes() as forward:
         out = longspan.attend(q, k, v, mesh=mesh, **told)
     with CountBytes() as backward:
         out.backward(dout)
-    ring = ring_of(k, v, mesh.size(), case.order, case.causal, case.documents)
+    ring = ring_of(q, k, v, mesh.size(), case.order, case.causal, case.documents)
+    way = cheapest(ring) if case.travels == "auto" else case.travels
     assert not forward.given and not backward.given
     return tuple(
-        (sum(op.sent_bytes(rank) for op in comms(ring, rank, back)), count.total_sent)
+        (sum(op.sent_bytes(rank) for op in comms(ring, rank, back, way)), count.total_sent)
         for back, count in ((False, forward), (True, backward))
     )
 
@@ -169,7 +195,7 @@ def refusals(mesh: DeviceMesh) -> list[str]:
     x = torch.randn(1, 2, 5, 8)
     uneven = torch.randn(1, 2, 5 + 2 * mesh.get_local_rank(), 8)
     ends = [0, 5 * mesh.size() + 99]
-    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    cube = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "inter", "intra"))
     calls = [
         lambda: longspan.attend(x, x, x, mesh=mesh, order="spiral"),
         lambda: longspan.attend(uneven, uneven, uneven, mesh=mesh),
@@ -177,7 +203,7 @@ def refusals(mesh: DeviceMesh) -> list[str]:
         lambda: longspan.attend(x, x[:, :, 1:], x[:, :, 1:], mesh=mesh),
         lambda: longspan.attend(torch.cat([x, x[:, :1]], 1), x, x, mesh=mesh),
         lambda: longspan.attend(x.long(), x.long(), x.long(), mesh=mesh),
-        lambda: longspan.attend(x, x, x, mesh=square),
+        lambda: longspan.attend(x, x, x, mesh=cube),
     ]
     messages = []
     for call in calls:
@@ -190,7 +216,7 @@ def refusals(mesh: DeviceMesh) -> list[str]:
 def test_what_is_refused(ranks: Ranks) -> None:
     for messages in ranks.run(refusals):
         expected = ("unknown order", "the ranks hold [5, 7, 9, 11]", "cut it with", "fit together",
-                    "3 query heads", "floating dtype", "dp, sp: pass mesh['sp']")  # fmt: skip
+                    "3 query heads", "floating dtype", "dp, inter, intra: pass")  # fmt: skip
         assert len(messages) == len(expected)
         for message, part in zip(messages, expected, strict=True):
             assert part in message and "\n" not in message

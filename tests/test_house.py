@@ -31,6 +31,7 @@ FLOORS = {
     "lab": 6,
     "train": 7,
     "integrations": 8,
+    "commands": 8,
     "cli": 9,
 }
 WINGS = ({"cluster", "planner"}, {"comm", "attention", "models"})

@@ -10,10 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import Ranks
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import longspan
+from longspan.comm.mesh import flat_group
 from longspan.errors import LeakError, ModelError
 from longspan.models.transformers import check_model
 
@@ -62,16 +63,18 @@ def by_documents(model: PreTrainedModel) -> torch.Tensor:
     ) / len(tokens)
 
 
-def difference(mesh: DeviceMesh, family: str, order: str, checkpointing: bool) -> float:
+def difference(
+    mesh: DeviceMesh, family: str, order: str, checkpointing: bool, inside: str = "ring"
+) -> float:
     """Of loss and every gradient, from one process."""
     model = make(family)
     reference = copy.deepcopy(model)
-    longspan.patch(model, mesh=mesh, order=order)
+    longspan.patch(model, mesh=mesh, order=order, inside=inside)
     if checkpointing:
         model.gradient_checkpointing_enable()
     assert longspan.leak_probe(model, mesh=mesh, order=order).changed > 0
     tokens, targets = batch()
-    own = longspan.positions(len(tokens), mesh.get_local_rank(), mesh.size(), order)
+    own = longspan.positions(len(tokens), flat_group(mesh).rank(), mesh.size(), order)
     logits = model(input_ids=tokens[None, own], cu_seqlens=torch.tensor(DOCUMENTS)).logits[0]
     loss = F.cross_entropy(logits, targets[own], reduction="sum") / len(tokens)
     loss.backward()
@@ -79,7 +82,7 @@ def difference(mesh: DeviceMesh, family: str, order: str, checkpointing: bool) -
     expected.backward()
     found = [loss.detach(), *(p.grad for p in model.parameters())]
     for tensor in found:
-        dist.all_reduce(tensor, group=mesh.get_group())
+        dist.all_reduce(tensor, group=flat_group(mesh))
     wanted = [expected.detach(), *(p.grad for p in reference.parameters())]
     return max((a - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
 
@@ -92,6 +95,16 @@ def test_loss_and_gradients_are_one_process(ranks: Ranks, family: str, order: st
 
 def test_with_activation_checkpointing(ranks: Ranks) -> None:
     assert max(ranks.run(difference, "llama", "zigzag", True)) < 1e-5
+
+
+def on_two_axes(_: DeviceMesh, inside: str) -> float:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp_inter", "sp_intra"))
+    return difference(mesh, "qwen3", "zigzag", False, inside)
+
+
+@pytest.mark.parametrize("inside", ["ring", "heads"])
+def test_on_two_axes(ranks: Ranks, inside: str) -> None:
+    assert max(ranks.run(on_two_axes, inside)) < 1e-5
 
 
 def one_document(mesh: DeviceMesh) -> float:

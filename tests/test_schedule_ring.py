@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from longspan.errors import LayoutError
 from longspan.layout import Order, local_length, positions
 from longspan.schedule.ops import Comm
-from longspan.schedule.ring import Ring, Round, comms, rounds
+from longspan.schedule.ring import Block, Ring
+from longspan.schedule.rounds import Travels, cheapest, comms, rounds
 
 rings = st.builds(
-    lambda cuts, length, world, order, causal: Ring(
+    lambda cuts, length, world, node, order, causal: Ring(
         length,
         world,
         order,
@@ -19,10 +20,14 @@ rings = st.builds(
         (0, *sorted(cut % (length + 1) for cut in cuts), length),
         kv_bytes=6,
         grad_bytes=10,
+        q_bytes=7,
+        dq_bytes=4,
+        node_ranks=node if world % node == 0 else 0,
     ),
     st.lists(st.integers(0, 60), max_size=5),
     st.integers(0, 60),
-    st.integers(1, 5),
+    st.integers(1, 8),
+    st.integers(1, 4),
     st.sampled_from(list(Order)),
     st.booleans(),
 )
@@ -36,90 +41,135 @@ def visible(ring: Ring) -> np.ndarray:
     return seen & (where[:, None] >= where[None]) if ring.causal else seen
 
 
-def covered(ring: Ring, rank: int, turns: tuple[Round, ...]) -> np.ndarray:
-    """How often the blocks of a rank's rounds compute each pair."""
+def covered(ring: Ring, q_rank: int, kv_rank: int, blocks: tuple[Block, ...]) -> np.ndarray:
+    """How often blocks of one rank's queries and another's keys compute each pair."""
     seen = np.zeros((ring.length, ring.length), int)
-    own = positions(ring.length, rank, ring.world, ring.order).numpy()
-    for turn in turns:
-        theirs = positions(ring.length, turn.source, ring.world, ring.order).numpy()
-        for block in turn.blocks:
-            rows, columns = block.q_stop - block.q_start, block.kv_stop - block.kv_start
-            assert rows and columns and (rows == columns or not block.causal)
-            mask = np.tri(rows, dtype=int) if block.causal else np.ones((rows, columns), int)
-            q, kv = own[block.q_start : block.q_stop], theirs[block.kv_start : block.kv_stop]
-            seen[np.ix_(q, kv)] += mask
-            assert block.pairs == mask.sum()
+    queries = positions(ring.length, q_rank, ring.world, ring.order).numpy()
+    keys = positions(ring.length, kv_rank, ring.world, ring.order).numpy()
+    for block in blocks:
+        rows, columns = block.q_stop - block.q_start, block.kv_stop - block.kv_start
+        assert rows and columns and (rows == columns or not block.causal)
+        mask = np.tri(rows, dtype=int) if block.causal else np.ones((rows, columns), int)
+        q, kv = queries[block.q_start : block.q_stop], keys[block.kv_start : block.kv_stop]
+        seen[np.ix_(q, kv)] += mask
+        assert block.pairs == mask.sum()
     return seen
 
 
-@given(rings)
-def test_blocks_cover_what_is_visible_exactly_once(ring: Ring) -> None:
-    turns = [rounds(ring, rank) for rank in range(ring.world)]
-    total = sum(covered(ring, rank, turns[rank]) for rank in range(ring.world))
+def travels_of(backward: str) -> tuple[bool, Travels]:
+    """Forward, or backward with one side or the other on its way."""
+    return backward != "forward", "q" if backward == "q" else "kv"
+
+
+halves = st.sampled_from(["forward", "kv", "q"])
+
+
+@given(rings, st.sampled_from(["kv", "q"]))
+def test_blocks_cover_what_is_visible_exactly_once(ring: Ring, travels: Travels) -> None:
+    total = np.zeros((ring.length, ring.length), int)
+    for rank in range(ring.world):
+        for turn in rounds(ring, rank, True, travels):
+            pair = (rank, turn.source) if travels == "kv" else (turn.source, rank)
+            total += covered(ring, *pair, turn.blocks)
     assert (total == visible(ring)).all()
 
 
-@given(rings, st.booleans())
-def test_transfers_match_and_arrive_in_time(ring: Ring, backward: bool) -> None:
-    turns = [rounds(ring, rank, backward) for rank in range(ring.world)]
-    holds = {rank: rank for rank in range(ring.world)}
+@given(rings, halves)
+def test_payloads_match_and_arrive_in_time(ring: Ring, half: str) -> None:
+    backward, travels = travels_of(half)
+    turns = [rounds(ring, rank, backward, travels) for rank in range(ring.world)]
+    has = [{rank} for rank in range(ring.world)]
+    weight = ring.kv_bytes if travels == "kv" else ring.q_bytes
     for number in range(ring.world):
         now = [turn[number] for turn in turns]
         for rank, turn in enumerate(now):
-            assert not turn.blocks or holds[rank] == turn.source
+            assert not turn.blocks or turn.source in has[rank]
             assert turn.grads == () or backward
-            for transfer in (*turn.kv, *turn.grads):
+            for transfer in (*turn.payload, *turn.grads):
                 other = transfer.receiver if transfer.sender == rank else transfer.sender
-                assert transfer in (*now[other].kv, *now[other].grads)
+                assert transfer in (*now[other].payload, *now[other].grads)
                 assert transfer.sender != transfer.receiver
-            assert sum(t.sender == rank for t in turn.kv) <= 1
-            assert sum(t.sender == rank for t in turn.grads) <= 1
-        for transfer in {t for turn in now for t in turn.kv}:
-            assert holds[transfer.sender] == transfer.source
+            # A rank lets go of what it has computed with.
+            for transfer in turn.payload:
+                assert transfer.sender != rank or transfer.source in {turn.source, rank}
+        for transfer in {t for turn in now for t in turn.payload}:
+            assert transfer.source in has[transfer.sender]
             tokens = local_length(ring.length, transfer.source, ring.world, ring.order)
-            assert transfer.bytes == tokens * ring.kv_bytes
-        holds |= {t.receiver: t.source for turn in now for t in turn.kv}
+            assert transfer.bytes == tokens * weight
+            has[transfer.receiver].add(transfer.source)
 
 
-@given(rings)
-def test_every_gradient_reaches_home_with_every_share(ring: Ring) -> None:
-    turns = [rounds(ring, rank, backward=True) for rank in range(ring.world)]
-    carried: dict[tuple[int, int], set[int]] = {}
-    home: dict[int, set[int]] = {rank: set() for rank in range(ring.world)}
+@given(rings, st.sampled_from(["kv", "q"]))
+def test_every_gradient_reaches_home_with_every_share(ring: Ring, travels: Travels) -> None:
+    turns = [rounds(ring, rank, True, travels) for rank in range(ring.world)]
+    sums: dict[tuple[int, int], set[int]] = {}
+    came: dict[tuple[int, int], set[int]] = {}
+    shares: dict[int, set[int]] = {rank: set() for rank in range(ring.world)}
     for number in range(ring.world):
         now = [turn[number] for turn in turns]
         for rank, turn in enumerate(now):
             if turn.blocks and turn.source != rank:
-                carried.setdefault((rank, turn.source), set()).add(rank)
-        arrived: dict[tuple[int, int], set[int]] = {}
-        for transfer in {t for turn in now for t in turn.grads}:
-            shares = carried.pop((transfer.sender, transfer.source))
-            if transfer.receiver == transfer.source:
-                home[transfer.source] |= shares
-            else:
-                arrived[transfer.receiver, transfer.source] = shares
-        for key, shares in arrived.items():
-            carried.setdefault(key, set()).update(shares)
-    assert not carried
+                sums[rank, turn.source] = {rank}
+                shares[turn.source].add(rank)
+            # It adds what has come of this source before it sends the sum on.
+            sums.setdefault((rank, turn.source), set()).update(came.pop((rank, turn.source), ()))
+        for transfer in sorted({t for turn in now for t in turn.grads}, key=str):
+            moved = sums.pop((transfer.sender, transfer.source))
+            there = came.setdefault((transfer.receiver, transfer.source), set())
+            assert moved and not moved & there, "no share is counted twice"
+            there |= moved
     for source in range(ring.world):
-        expected = {
-            rank
-            for rank in range(ring.world)
-            if rank != source and any(t.blocks for t in turns[rank] if t.source == source)
-        }
-        assert home[source] == expected
+        assert came.pop((source, source), set()) == shares[source]
+    assert not came
 
 
 @pytest.mark.parametrize("order", [Order.ZIGZAG, Order.STRIPED])
 @pytest.mark.parametrize("world", [2, 4, 8])
-def test_bytes_are_the_formulas(world: int, order: Order) -> None:
-    """K and V make 2(P-1)M in all; so do their gradients, the own share staying at home."""
-    ring = Ring(64 * world, world, order, True, (0, 64 * world), kv_bytes=2, grad_bytes=2)
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+def test_bytes_are_the_formulas(world: int, order: Order, group: int) -> None:
+    """In units of M, all queries; keys and values are M/group each; equal dtypes.
+
+    Forward 2(P-1)/group. Backward with keys and values on their way 4(P-1)/group, with queries
+    3(P-1) and two statistics a row: each a hop less than the literature's, as own shares stay.
+    """
+    m, heads, dim = 64 * world, 8, 16
+    row, kv = heads * dim, heads // group * dim
+    ring = Ring(m, world, order, True, (0, m), 2 * kv, 2 * kv, 2 * row + 2 * heads, row)
+    sent = {
+        half: sum(
+            op.sizes[0] for rank in range(world) for op in comms(ring, rank, *travels_of(half))
+        )
+        for half in ("forward", "kv", "q")
+    }
+    assert sent["forward"] == 2 * (world - 1) * m * kv
+    assert sent["kv"] == 4 * (world - 1) * m * kv
+    assert sent["q"] == (world - 1) * m * (3 * row + 2 * heads)
+    assert sent[cheapest(ring)] == min(sent["kv"], sent["q"])
+    assert cheapest(ring) == ("q" if group == 1 else "kv")
+    if group == 1:
+        assert sent["q"] < 0.8 * sent["kv"]
+
+
+@pytest.mark.parametrize(("nodes", "node"), [(2, 2), (2, 4), (4, 2), (3, 3)])
+@pytest.mark.parametrize("half", ["forward", "kv", "q"])
+def test_the_double_ring_crosses_nodes_once(nodes: int, node: int, half: str) -> None:
+    world = nodes * node
     m = 64 * world
-    ops = [op for rank in range(world) for op in comms(ring, rank)]
-    assert sum(op.sizes[0] for op in ops) == 2 * (world - 1) * m
-    back = [op for rank in range(world) for op in comms(ring, rank, backward=True)]
-    assert sum(op.sizes[0] for op in back) == 4 * (world - 1) * m
+
+    def crossing(node_ranks: int) -> tuple[int, int]:
+        ring = Ring(m, world, Order.ZIGZAG, True, (0, m), 1, 1, 1, 1, node_ranks)
+        ops = [op for rank in range(world) for op in comms(ring, rank, *travels_of(half))]
+        across = [op for op in ops if op.ranks[0] // node != op.ranks[1] // node]
+        return sum(op.sizes[0] for op in across), sum(op.sizes[0] for op in ops)
+
+    double, flat = crossing(node), crossing(0)
+    assert double[0] * (world - 1) == flat[0] * node * (nodes - 1)
+    assert half != "forward" or double[1] == flat[1]
+
+
+def test_nodes_must_be_whole() -> None:
+    with pytest.raises(LayoutError, match="no whole nodes of 3"):
+        Ring(8, 4, Order.ZIGZAG, True, (0, 8), 1, 1, node_ranks=3)
 
 
 @pytest.mark.parametrize("order", [Order.ZIGZAG, Order.STRIPED])

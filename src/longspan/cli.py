@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from longspan.commands.simulate import app as simulate
 from longspan.errors import LongspanError
+from longspan.lab.commands import app as lab
 
-__all__ = ["demo", "diagnose", "main", "train"]
+__all__ = ["demo", "diagnose", "main", "probe", "train"]
 
 app = typer.Typer(
     name="longspan",
@@ -18,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(simulate, name="simulate")
+app.add_typer(lab, name="lab")
 
 
 @app.command()
@@ -77,10 +81,43 @@ def train(
 
     processes = nproc or default_nproc()
     inspect(settings, processes, processes)
-    code = launch(config, change or (), processes)
+    changes = [f"--set={one}" for one in change or ()]
+    code = launch(("train", str(config), *changes), processes)
+    if code == 1:
+        print("the same command goes on from the last checkpoint", file=sys.stderr)
     if code == 0:
         print(f"report: {write_report(settings.run)}")
     raise typer.Exit(code)
+
+
+@app.command()
+def probe(
+    out: Annotated[Path, typer.Option(help="Where the cluster is written.")] = Path("cluster.yaml"),
+    trace: Annotated[
+        Path | None, typer.Option(help="Where the measurements are kept; none: beside it.")
+    ] = None,
+    site: Annotated[
+        str, typer.Option(envvar="LONGSPAN_SITE", help="The name of the site this node is at.")
+    ] = "site0",
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes to start here; one a GPU, or one, if not said."),
+    ] = None,
+) -> None:
+    """Measure the cluster: links at every level, devices, memory.
+
+    Start it by itself with --nproc, or on all machines as ``torchrun … -m longspan probe``.
+    """
+    from longspan.train.probe import run_probe
+    from longspan.train.worker import leave, within_torchrun
+
+    kept = trace or out.with_suffix(".jsonl")
+    if within_torchrun():
+        leave(run_probe(out, kept, site))
+    from longspan.train.launch import default_nproc, launch
+
+    arguments = ("probe", f"--out={out}", f"--trace={kept}", f"--site={site}")
+    raise typer.Exit(launch(arguments, nproc or default_nproc()))
 
 
 @app.command()

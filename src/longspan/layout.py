@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from longspan.errors import LayoutError
 
-__all__ = ["Layout", "Order", "Run", "local_length", "positions", "runs"]
+__all__ = ["Layout", "Order", "Run", "local_length", "place_runs", "positions", "runs"]
 
 
 class Order(StrEnum):
@@ -95,6 +95,29 @@ def runs(length: int, rank: int, world: int, order: Order | str) -> tuple[Run, .
         if count:
             found.append(Run(local, start, count, stride))
             local += count
+    return tuple(found)
+
+
+def place_runs(
+    length: int, place: int, places: int, width: int, order: Order | str
+) -> tuple[Run, ...]:
+    """The tokens that ``width`` ranks side by side hold together, as one place of ``places``.
+
+    In ascending position and as few runs as can be; striped ones rank by rank.
+    """
+    ranks = range(place * width, (place + 1) * width)
+    pieces = [run for rank in ranks for run in runs(length, rank, places * width, order)]
+    if Order.of(order) is not Order.STRIPED:
+        pieces.sort(key=lambda run: run.start)
+    found: list[Run] = []
+    local = 0
+    for piece in pieces:
+        last = found[-1] if found else None
+        if last and piece.stride == 1 and last.start + last.count == piece.start:
+            found[-1] = Run(last.local, last.start, last.count + piece.count, 1)
+        else:
+            found.append(Run(local, piece.start, piece.count, piece.stride))
+        local += piece.count
     return tuple(found)
 
 

@@ -1,20 +1,22 @@
 """The one entry point to attention over a sharded sequence."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from longspan.attention.hybrid import exchange_heads
 from longspan.attention.kept import Kept
-from longspan.attention.ring import RingAttention, accumulation_dtype
-from longspan.comm.mesh import axis_group
+from longspan.attention.ring import ring_of, turn
+from longspan.comm.mesh import flat_group
 from longspan.errors import LayoutError
 from longspan.layout import Order, local_length
-from longspan.schedule.ring import Ring
+from longspan.schedule.rounds import Travels
 
-__all__ = ["attend", "global_length", "ring_of"]
+__all__ = ["attend", "global_length"]
 
 
 def attend(
@@ -27,21 +29,28 @@ def attend(
     order: Order | str = Order.ZIGZAG,
     scale: float | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
+    inside: Literal["ring", "heads"] = "ring",
+    travels: Travels | Literal["auto"] = "auto",
     kept: Kept | None = None,
 ) -> Tensor:
-    """Exact attention over a sequence whose tokens are sharded over the one axis of ``mesh``.
+    """Exact attention over a sequence whose tokens are sharded over ``mesh``.
 
     q ``(B, Hq, S_local, D)``, k and v ``(B, Hkv, S_local, D)``, Hq a multiple of Hkv; S_local is
     this rank's share of any global length in ``order`` (``longspan.positions``). Returns
     ``(B, Hq, S_local, D)`` in q's dtype. ``scale`` defaults to 1/√D. ``cu_seqlens``: where packed
     documents start in the *global* sequence and where the last ends, the same on every rank and
     in every row of the batch; on the CPU, so that nothing waits for a device. Without it the
-    sequence is one document, and the ranks tell each other their lengths. ``kept`` remembers a
-    part of the result for when the same call is made again to recompute activations.
+    sequence is one document, and the ranks tell each other their lengths.
+
+    A mesh has one axis, or two: between nodes and inside them. ``inside`` says what the ranks of
+    the last axis do: turn a ring (with two axes the double ring), or exchange tokens for heads
+    (Ulysses; with two axes the ring is of nodes only). ``travels``: what a ring's backward hands
+    around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes. ``kept`` remembers a part of
+    the result for when the same call is made again to recompute activations.
 
     Raises LayoutError for tensors, mesh, order and documents that don't fit together.
     """
-    group = axis_group(mesh)
+    group = flat_group(mesh)
     order = Order.of(order)
     _check_shapes(q, k, v)
     documents: tuple[int, ...]
@@ -49,41 +58,18 @@ def attend(
         documents = (0, global_length(q.shape[2], group, order))
     else:
         documents = tuple(int(end) for end in cu_seqlens)
-    ring = ring_of(k, v, group.size(), order, causal, documents)
-    expected = local_length(ring.length, group.rank(), group.size(), order)
+    expected = local_length(documents[-1], group.rank(), group.size(), order)
     if q.shape[2] != expected:
         raise LayoutError(
-            f"rank {group.rank()} of {group.size()} holds {expected} of {ring.length} tokens in "
+            f"rank {group.rank()} of {group.size()} holds {expected} of {documents[-1]} tokens in "
             f"{order} order, but q has {q.shape[2]}: cut it with longspan.positions"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    late = None if kept is None else kept.recalled()
-    out: Tensor
-    out, lse = RingAttention.apply(q, k, v, ring, group, scale, late)
-    if kept is not None and late is None:
-        kept.keep(out, lse, ring, group.rank())
-    return out
-
-
-def ring_of(
-    k: Tensor,
-    v: Tensor,
-    world: int,
-    order: Order | str,
-    causal: bool,
-    documents: Sequence[int],
-) -> Ring:
-    """The ring schedule's sizes for these keys and values."""
-    numbers = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
-    return Ring(
-        length=documents[-1] if documents else 0,
-        world=world,
-        order=Order.of(order),
-        causal=causal,
-        documents=tuple(documents),
-        kv_bytes=numbers * k.element_size(),
-        grad_bytes=numbers * accumulation_dtype(k.dtype).itemsize,
-    )
+    ranks_inside = mesh.size(mesh.ndim - 1)
+    if inside == "heads":
+        return exchange_heads(q, k, v, mesh, causal, order, scale, documents, travels, kept)
+    ring = ring_of(q, k, v, group.size(), order, causal, documents, node_ranks=ranks_inside)
+    return turn(q, k, v, ring, group, scale, travels, kept)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -6,22 +6,31 @@ themselves: a smaller ring. Source: sequence-level selective checkpointing, Burs
 (arXiv 2509.19836, section 3.2).
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from longspan.attention.ring import Late
 from longspan.schedule.ring import Ring, tokens
 
-__all__ = ["Kept"]
+__all__ = ["Kept", "Late"]
+
+
+@dataclass(frozen=True)
+class Late:
+    """Out and lse of a rank's tokens from position ``stop`` on."""
+
+    stop: int
+    out: Tensor
+    lse: Tensor
 
 
 class Kept:
     """Results of one layer's attention, in the order of its calls.
 
     ``share`` of the tokens, the last ones of the whole sequence by position, are kept: 0 keeps
-    nothing, 1 never attends, nor sends, again. Where attention isn't causal all are kept, as early
-    tokens need late keys there.
+    nothing, 1 turns no ring again (a head exchange is done again). All are kept, or none, where
+    attention isn't causal, as early tokens need late keys there, and where a head exchange leaves
+    stripes, as tokens aren't in ascending position there.
     """
 
     def __init__(self, share: float) -> None:
@@ -40,7 +49,9 @@ class Kept:
 
     def keep(self, out: Tensor, lse: Tensor, ring: Ring, rank: int) -> None:
         """Remember the late part of a call's result."""
-        stop = ring.length - int(self.share * ring.length) if ring.causal else 0
+        stop = ring.length - int(self.share * ring.length)
+        if self.share and not (ring.causal and ring.ascending):
+            stop = 0
         early = tokens(replace(ring, stop=stop), rank)
         out, lse = out.detach()[:, :, early:], lse[:, :, early:]
         if early:  # a view would keep the whole

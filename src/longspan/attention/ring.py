@@ -1,24 +1,29 @@
 """Runs a ring schedule: attention over a sequence that is sharded on the ranks of a group.
 
-Names: ``held`` is the flat buffer of keys and values that a round computes with, ``own`` the
-gradients of this rank's keys and values, ``travelling`` those of the held ones. Buffers are flat
-so that keys and values go as one message whatever their head dims. Results are accumulated in
-float32 (float64 for float64), and gradients travel so.
+Names: a rank's *payload* is what it hands around: its keys and values, or in backward its queries,
+their output's gradient and two statistics of each row. ``held`` is the payload that a round
+computes with, ``own`` the gradient of this rank's payload, ``sums`` that of another's, on its way.
+Payloads are one flat buffer, so that they go as one message. Results are accumulated in float32
+(float64 for float64), and gradients travel so.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.attention.kept import Kept, Late
 from longspan.attention.kernels import kernel_for
 from longspan.attention.merge import merge_
-from longspan.comm.p2p import UnderWay, start
-from longspan.schedule.ring import Block, Ring, rounds, tokens
+from longspan.comm.p2p import Mailbox
+from longspan.layout import Order
+from longspan.schedule.ring import Block, Ring, tokens
+from longspan.schedule.rounds import Round, Travels, cheapest, rounds
 
-__all__ = ["Late", "RingAttention", "accumulation_dtype"]
+__all__ = ["RingAttention", "accumulation_dtype", "ring_of", "turn"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,46 +32,95 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Buffers:
-    """Flat buffers for the keys and values of any rank, or their gradients; views into them."""
+class _Flat:
+    """Tensors of shape (batch, heads, tokens, …) of any rank in one flat buffer of bytes.
+
+    ``like`` are this rank's; those of another rank differ in the number of tokens.
+    """
 
     ring: Ring
-    k: Tensor
-    v: Tensor
-    dtype: torch.dtype
+    like: tuple[Tensor, ...]
 
-    def _shapes(self, source: int) -> tuple[torch.Size, torch.Size]:
-        count = tokens(self.ring, source)
-        k, v = (torch.Size((*x.shape[:2], count, x.shape[3])) for x in (self.k, self.v))
-        return k, v
+    def _shape(self, x: Tensor, source: int) -> torch.Size:
+        return torch.Size((*x.shape[:2], tokens(self.ring, source), *x.shape[3:]))
 
     def empty(self, source: int) -> Tensor:
-        numel = sum(shape.numel() for shape in self._shapes(source))
-        return self.k.new_empty(numel, dtype=self.dtype)
+        """A buffer for the tensors of a rank."""
+        size = sum(self._shape(x, source).numel() * x.element_size() for x in self.like)
+        return self.like[0].new_empty(size, dtype=torch.uint8)
 
     def filled(self) -> Tensor:
-        return torch.cat([self.k.reshape(-1), self.v.reshape(-1)])
+        """A buffer with this rank's tensors."""
+        return torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in self.like])
 
-    def views(self, flat: Tensor, source: int, block: Block) -> tuple[Tensor, Tensor]:
-        shapes = self._shapes(source)
-        parts = flat.split([shape.numel() for shape in shapes])
-        k, v = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-        return k[:, :, block.kv_start : block.kv_stop], v[:, :, block.kv_start : block.kv_stop]
+    def views(self, flat: Tensor, source: int) -> list[Tensor]:
+        """The tensors in a rank's buffer."""
+        shapes = [self._shape(x, source) for x in self.like]
+        sizes = [s.numel() * x.element_size() for x, s in zip(self.like, shapes, strict=True)]
+        parts = zip(flat.split(sizes), shapes, self.like, strict=True)
+        return [part.view(x.dtype).view(shape) for part, shape, x in parts]
 
 
-@dataclass(frozen=True)
-class Late:
-    """Out and lse of this rank's tokens from position ``stop`` on, known from an earlier run."""
+def _play(
+    turns: tuple[Round, ...],
+    group: dist.ProcessGroup | None,
+    payload: _Flat,
+    gradient: _Flat | None,
+    compute: Callable[[Block, list[Tensor], list[Tensor]], None],
+) -> list[Tensor]:
+    """Go through the rounds: ``compute(block, held, sums)`` adds to ``sums`` in backward.
 
-    stop: int
-    out: Tensor
-    lse: Tensor
+    Returns the gradient of this rank's own payload, summed over all ranks.
+    """
+    rank = _rank(group)
+    mail = Mailbox(group, payload.empty)
+    grad_mail = Mailbox(group, gradient.empty, tag=1) if gradient else None
+    held = {rank: payload.filled()}
+    own = gradient.empty(rank).zero_() if gradient else None
+    mail.announce(turns[0].payload)
+    for number, turn in enumerate(turns):
+        source = turn.source
+        if number + 1 < len(turns):
+            mail.announce(turns[number + 1].payload)
+        for arrived in mail.take(source) if source != rank else ():
+            held[source] = arrived
+        mail.start(turn.payload, held.__getitem__)
+        sums = own
+        if gradient and grad_mail:
+            grad_mail.announce(turn.grads)
+            if source != rank:
+                sums = gradient.empty(source).zero_()
+        if turn.blocks and held[source].numel():
+            views = payload.views(held[source], source)
+            parts = gradient.views(sums, source) if gradient and sums is not None else []
+            for block in turn.blocks:
+                compute(block, views, parts)
+        if gradient and grad_mail and sums is not None:
+            if source != rank:
+                _add(gradient, sums, grad_mail.take(source), source)
+            grad_mail.start(turn.grads, {source: sums}.__getitem__)
+        if source != rank:
+            held.pop(source, None)
+    mail.finish()
+    if not gradient or not grad_mail or own is None:
+        return []
+    _add(gradient, own, grad_mail.take(rank), rank)
+    grad_mail.finish()
+    return gradient.views(own, rank)
+
+
+def _add(gradient: _Flat, sums: Tensor, parts: list[Tensor], source: int) -> None:
+    for part in parts:
+        pairs = zip(gradient.views(sums, source), gradient.views(part, source), strict=True)
+        for total, share in pairs:
+            total += share
 
 
 class RingAttention(torch.autograd.Function):
-    """``apply(q, k, v, ring, group, scale, late) -> (out, lse)``; lse carries no gradient.
+    """``apply(q, k, v, ring, group, scale, travels, late) -> (out, lse)``; lse has no gradient.
 
-    If ``late`` isn't None forward computes, and sends, only what the tokens before it need.
+    ``travels``: what backward hands around. With ``late``, which is known already, forward only
+    computes and sends what the tokens before need.
     """
 
     @staticmethod
@@ -76,64 +130,147 @@ class RingAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         ring: Ring,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         scale: float,
+        travels: Travels,
         late: Late | None,
     ) -> tuple[Tensor, Tensor]:
-        rank, early = group.rank(), ring if late is None else replace(ring, stop=late.stop)
+        rank, early = _rank(group), ring if late is None else replace(ring, stop=late.stop)
         count = tokens(early, rank)
         kernel, wide = kernel_for(q, v), accumulation_dtype(q.dtype)
         out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=wide)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
-        buffers = _Buffers(early, k[:, :, :count], v[:, :, :count], k.dtype)
-        held = buffers.filled()
-        for turn in rounds(early, rank):
-            moving = start(turn.kv, group, held, buffers.empty)
-            for block in turn.blocks:
-                rows = slice(block.q_start, block.q_stop)
-                kv = buffers.views(held, turn.source, block)
-                part = kernel.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
-                merge_(out[:, :, rows], lse[:, :, rows], *part)
-            held = next(iter(moving.wait().values()), held)
+
+        def compute(block: Block, held: list[Tensor], _: list[Tensor]) -> None:
+            rows, columns = _cuts(block)
+            kv = [x[:, :, columns] for x in held]
+            part = kernel.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
+            merge_(out[:, :, rows], lse[:, :, rows], *part)
+
+        payload = _Flat(early, (k[:, :, :count], v[:, :, :count]))
+        _play(rounds(early, rank), group, payload, None, compute)
         if late is not None:
             out[:, :, count:], lse[:, :, count:] = late.out, late.lse
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring, ctx.group, ctx.scale = ring, group, scale
+        ctx.ring, ctx.group, ctx.scale, ctx.travels = ring, group, scale, travels
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        ring, group, scale = ctx.ring, ctx.group, ctx.scale
-        rank, kernel, wide = group.rank(), kernel_for(q, v), accumulation_dtype(q.dtype)
-        buffers, gradients = _Buffers(ring, k, v, k.dtype), _Buffers(ring, k, v, wide)
-        dq = torch.zeros_like(q, dtype=wide)
-        held, own = buffers.filled(), gradients.empty(rank).zero_()
-        grads_moving = UnderWay()
-        for turn in rounds(ring, rank, backward=True):
-            kv_moving = start(turn.kv, group, held, buffers.empty)
-            travelling = own if turn.source == rank else gradients.empty(turn.source).zero_()
-            for block in turn.blocks:
-                rows = slice(block.q_start, block.q_stop)
-                part = kernel.backward(
-                    dout[:, :, rows],
-                    q[:, :, rows],
-                    *buffers.views(held, turn.source, block),
-                    out[:, :, rows],
-                    lse[:, :, rows],
-                    causal=block.causal,
-                    scale=scale,
+        ring, group, wide = ctx.ring, ctx.group, accumulation_dtype(q.dtype)
+        turns = rounds(ring, _rank(group), True, ctx.travels)
+        kernel, scale = kernel_for(q, v), ctx.scale
+        dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+
+        def add(block: Block, query: list[Tensor], keys: list[Tensor], sums: list[Tensor]) -> None:
+            """``query``: the block's rows of dout, q, out, lse; ``sums``: of dq, and dk, dv."""
+            _, columns = _cuts(block)
+            dout, q, out, lse = query
+            k, v = (x[:, :, columns] for x in keys)
+            part = kernel.backward(dout, q, k, v, out, lse, causal=block.causal, scale=scale)
+            dq, dk, dv = sums
+            for total, share in zip((dq, dk[:, :, columns], dv[:, :, columns]), part, strict=True):
+                total += share
+
+        if ctx.travels == "kv":
+
+            def compute_kv(block: Block, held: list[Tensor], sums: list[Tensor]) -> None:
+                rows, _ = _cuts(block)
+                add(
+                    block,
+                    [x[:, :, rows] for x in (dout, q, out, lse)],
+                    held,
+                    [dq[:, :, rows], *sums],
                 )
-                dk, dv = gradients.views(travelling, turn.source, block)
-                for total, share in zip((dq[:, :, rows], dk, dv), part, strict=True):
-                    total += share
-            for source, before in grads_moving.wait().items():
-                (own if source == rank else travelling).add_(before)
-            grads_moving = start(turn.grads, group, travelling, gradients.empty)
-            held = next(iter(kv_moving.wait().values()), held)
-        for arrived in grads_moving.wait().values():
-            own += arrived
-        dk, dv = gradients.views(own, rank, Block(0, 0, 0, k.shape[2], False))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+            dk, dv = _play(turns, group, _Flat(ring, (k, v)), _Flat(ring, (dk, dv)), compute_kv)
+        else:
+            delta = (dout.to(wide) * out).sum(-1)
+
+            def compute_q(block: Block, held: list[Tensor], sums: list[Tensor]) -> None:
+                lse, delta, q, dout = held
+                rows, _ = _cuts(block)
+                out = _stand_in(dout[:, :, rows], delta[:, :, rows], dout.dtype)
+                query = [dout[:, :, rows], q[:, :, rows], out, lse[:, :, rows]]
+                add(block, query, [k, v], [sums[0][:, :, rows], dk, dv])
+
+            payload = _Flat(ring, (lse, delta, q, dout))
+            (dq,) = _play(turns, group, payload, _Flat(ring, (dq,)), compute_q)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return group.rank() if group else 0
+
+
+def _cuts(block: Block) -> tuple[slice, slice]:
+    return slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
+
+
+def _stand_in(dout: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
+    """An ``out`` with the row sums of dout·out that are given, as all that kernels use it for.
+
+    Stock kernels take out, not the sums; out itself needn't travel. A row without gradient has
+    the sum 0. Rows are scaled first, as the square of a small gradient would vanish.
+    """
+    wide = dout.to(delta.dtype)
+    largest = wide.abs().amax(-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    unit = wide / largest
+    square = unit.square().sum(-1, keepdim=True)
+    square = torch.where(square > 0, square, 1.0)
+    return (unit * (delta.unsqueeze(-1) / largest / square)).to(dtype)
+
+
+def turn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: Ring,
+    group: dist.ProcessGroup | None,
+    scale: float,
+    travels: Travels | Literal["auto"],
+    kept: Kept | None,
+) -> Tensor:
+    """Attention by this ring's schedule; a ring of one rank needs no group."""
+    way = cheapest(ring) if travels == "auto" else travels
+    late = None if kept is None else kept.recalled()
+    out: Tensor
+    out, lse = RingAttention.apply(q, k, v, ring, group, scale, way, late)
+    if kept is not None and late is None:
+        kept.keep(out, lse, ring, _rank(group))
+    return out
+
+
+def ring_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    world: int,
+    order: Order | str,
+    causal: bool,
+    documents: Sequence[int],
+    *,
+    node_ranks: int = 0,
+    width: int = 1,
+) -> Ring:
+    """The ring schedule's sizes for these queries, keys and values."""
+    wide = accumulation_dtype(k.dtype).itemsize
+    kv_numbers = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
+    rows = q.shape[0] * q.shape[1]
+    return Ring(
+        length=documents[-1] if documents else 0,
+        world=world,
+        order=Order.of(order),
+        causal=causal,
+        documents=tuple(documents),
+        kv_bytes=kv_numbers * k.element_size(),
+        grad_bytes=kv_numbers * wide,
+        q_bytes=rows * ((q.shape[3] + v.shape[3]) * q.element_size() + 2 * wide),
+        dq_bytes=rows * q.shape[3] * wide,
+        node_ranks=node_ranks,
+        width=width,
+    )

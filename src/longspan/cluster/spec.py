@@ -29,6 +29,7 @@ __all__ = [
     "Device",
     "Node",
     "Site",
+    "cluster_from",
     "presets",
     "read_cluster",
     "uniform",
@@ -187,7 +188,7 @@ def uniform(
     """
     node = {"devices": {"device": devices}, "link": link, "network": network, "count": nodes}
     site = {"nodes": [node], "uplink": uplink, "count": sites}
-    return _cluster({"devices": {"device": device}, "sites": [site]}, "uniform cluster")
+    return cluster_from({"devices": {"device": device}, "sites": [site]}, "uniform cluster")
 
 
 def presets() -> tuple[str, ...]:
@@ -214,7 +215,7 @@ def read_cluster(source: str | Path) -> Cluster:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ClusterError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
-    return _cluster(values, str(source))
+    return cluster_from(values, str(source))
 
 
 def write_cluster(cluster: Cluster, path: Path) -> None:
@@ -224,7 +225,8 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _cluster(values: Any, where: str) -> Cluster:
+def cluster_from(values: Any, where: str) -> Cluster:
+    """A cluster from plain values, as YAML has them; ClusterError names ``where`` it is wrong."""
     try:
         return Cluster.model_validate(values)
     except ValidationError as error:

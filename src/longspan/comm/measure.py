@@ -4,6 +4,7 @@ A timing is the time from a common start until the last rank is done. Ranks star
 barrier; ops that are timed together run at the same time.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -43,18 +44,42 @@ class Stopwatch:
         work()
         return [self._once(work, inner) for _ in range(repeats)]
 
-    def compute(self, work: Callable[[], object], repeats: int = 5) -> list[float]:
-        """Seconds that ``work`` takes on this rank while all ranks do the same."""
+    def ping(self, a: int, b: int, repeats: int = 5, inner: int = 20) -> list[float]:
+        """Seconds that a message of one byte takes from rank to rank, one way; one a repeat."""
+        group = self._group((a, b))
+        byte = self._empty(1)
+
+        def there_and_back() -> None:
+            for source, target in ((a, b), (b, a)):
+                if self.rank == source:
+                    dist.send(byte, target, group=group)
+                elif self.rank == target:
+                    dist.recv(byte, source, group=group)
+
+        work = there_and_back if self.rank in (a, b) else _nothing
         work()
-        self._finish()
+        return [self._once(work, inner) / 2 for _ in range(repeats)]
+
+    def compute(
+        self, work: Callable[[], object], repeats: int = 5, least_s: float = 0.1
+    ) -> list[float]:
+        """Seconds that ``work`` takes on this rank while all ranks do the same; one a repeat.
+
+        Each repeat does it over and over for about ``least_s``: a device that is a share of a
+        core computes in bursts.
+        """
+        work()
         dist.barrier()
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
+        inner = max(1, math.ceil(least_s / self._seconds(work, 1)))
+        return [self._seconds(work, inner) for _ in range(repeats)]
+
+    def _seconds(self, work: Callable[[], object], inner: int) -> float:
+        self._finish()
+        start = time.perf_counter()
+        for _ in range(inner):
             work()
-            self._finish()
-            seconds.append(time.perf_counter() - start)
-        return seconds
+        self._finish()
+        return (time.perf_counter() - start) / inner
 
     def everyone(self, *values: float) -> list[list[float]]:
         """Each rank's values, on every rank."""
@@ -64,13 +89,8 @@ class Stopwatch:
         return [row.tolist() for row in rows]
 
     def _once(self, work: Callable[[], object], inner: int) -> float:
-        self._finish()
         dist.barrier()
-        start = time.perf_counter()
-        for _ in range(inner):
-            work()
-        self._finish()
-        return max(row[0] for row in self.everyone(time.perf_counter() - start)) / inner
+        return max(row[0] for row in self.everyone(self._seconds(work, inner)))
 
     def _finish(self) -> None:
         if self.device.type == "cuda":

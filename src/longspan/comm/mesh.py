@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longspan.errors import ConfigError, LayoutError
 
-__all__ = ["axis_group", "connect", "make_mesh"]
+__all__ = ["axis_group", "connect", "flat_group", "make_mesh"]
 
 
 def connect(timeout_s: float = 300.0) -> torch.device:
@@ -52,3 +52,10 @@ def axis_group(mesh: DeviceMesh) -> dist.ProcessGroup:
         axes = ", ".join(mesh.mesh_dim_names or map(str, range(mesh.ndim)))
         raise LayoutError(f"a mesh of one axis is needed, this one has {axes}: pass mesh['sp']")
     return mesh.get_group()
+
+
+def flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The process group of all ranks of a mesh of one axis or two; LayoutError for more axes."""
+    if mesh.ndim == 2:
+        return mesh._flatten().get_group()
+    return axis_group(mesh)

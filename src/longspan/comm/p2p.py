@@ -1,56 +1,94 @@
-"""Sends between pairs of ranks that are under way while something else is computed."""
+"""Messages between pairs of ranks that are under way while something else is computed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.schedule.ring import Transfer
+from longspan.schedule.rounds import Transfer
 
-__all__ = ["UnderWay", "start"]
+__all__ = ["Mailbox"]
 
 
 @dataclass
-class UnderWay:
-    """Transfers that have started; keeps what is sent alive until it has left."""
+class Mailbox:
+    """This rank's messages of one kind; ``buffer(source)`` makes a tensor to receive into.
 
-    works: list[dist.Work] = field(default_factory=list)
-    sent: Tensor | None = None
-    received: dict[int, Tensor] = field(default_factory=dict)
-
-    def wait(self) -> dict[int, Tensor]:
-        """What has arrived, by the transfer's source."""
-        for work in self.works:
-            work.wait()
-        self.sent = None
-        return self.received
-
-
-def start(
-    transfers: Iterable[Transfer],
-    group: dist.ProcessGroup,
-    outgoing: Tensor | None,
-    buffer: Callable[[int], Tensor],
-) -> UnderWay:
-    """Start this rank's part of ``transfers``, all at once.
-
-    ``outgoing`` is the contiguous tensor to send, if this rank is the sender of one;
-    ``buffer(source)`` makes the tensor to receive into. Ranks are those of ``group``. An empty
-    tensor is not sent.
+    On Gloo a receive should be announced before the round in which it is sent: its announcement
+    goes over the connection that data fills, and must not queue behind it. On NCCL the sends and
+    receives of a round are started together, as it wants them.
     """
-    moving = UnderWay(sent=outgoing)
-    ops: list[dist.P2POp] = []
-    # Receives first: Gloo announces them over the same connection that the sends fill.
-    for transfer in sorted(transfers, key=lambda t: t.sender == group.rank()):
-        if transfer.sender == group.rank():
-            assert outgoing is not None
-            op = dist.P2POp(dist.isend, outgoing, group=group, group_peer=transfer.receiver)
-        else:
-            tensor = moving.received[transfer.source] = buffer(transfer.source)
-            op = dist.P2POp(dist.irecv, tensor, group=group, group_peer=transfer.sender)
-        if transfer.bytes:
-            ops.append(op)
-    if ops:
-        moving.works = dist.batch_isend_irecv(ops)
-    return moving
+
+    group: dist.ProcessGroup | None
+    buffer: Callable[[int], Tensor]
+    tag: int = 0
+    _arriving: dict[int, list[tuple[list[dist.Work], Tensor]]] = field(default_factory=dict)
+    _leaving: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+
+    @property
+    def _together(self) -> bool:
+        return bool(dist.get_backend(self.group) == "nccl")
+
+    @property
+    def _here(self) -> int:
+        assert self.group is not None, "a rank by itself has nobody to write to"
+        return self.group.rank()
+
+    def announce(self, transfers: Sequence[Transfer]) -> None:
+        """Get ready to receive what ``transfers``, a coming round's, bring to this rank."""
+        if transfers and not self._together:
+            for transfer, buffer in self._incoming(transfers):
+                works = [
+                    dist.irecv(buffer, group=self.group, group_src=transfer.sender, tag=self.tag)
+                    for _ in range(transfer.bytes > 0)
+                ]
+                self._expect(transfer, [work for work in works if work], buffer)
+
+    def start(self, transfers: Sequence[Transfer], outgoing: Callable[[int], Tensor]) -> None:
+        """Send this rank's part of a round; ``outgoing(source)`` is contiguous."""
+        if not transfers:
+            return
+        here = self._here
+        leaving = [(t, outgoing(t.source)) for t in transfers if t.sender == here and t.bytes]
+        if not self._together:
+            for transfer, tensor in leaving:
+                work = dist.isend(
+                    tensor, group=self.group, group_dst=transfer.receiver, tag=self.tag
+                )
+                self._leaving += [(work, tensor)] if work else []
+            return
+        arriving = self._incoming(transfers)
+        ops = [
+            dist.P2POp(dist.isend, tensor, group=self.group, group_peer=t.receiver)
+            for t, tensor in leaving
+        ] + [
+            dist.P2POp(dist.irecv, buffer, group=self.group, group_peer=t.sender)
+            for t, buffer in arriving
+            if t.bytes
+        ]
+        works = dist.batch_isend_irecv(ops) if ops else []
+        self._leaving += [(work, tensor) for work in works for _, tensor in leaving]
+        for transfer, buffer in arriving:
+            self._expect(transfer, works, buffer)
+
+    def take(self, source: int) -> list[Tensor]:
+        """What has come, or is still to come, of ``source``'s."""
+        taken = []
+        for works, tensor in self._arriving.pop(source, []):
+            for work in works:
+                work.wait()
+            taken.append(tensor)
+        return taken
+
+    def finish(self) -> None:
+        """Return when all that was sent has left."""
+        for work, _ in self._leaving:
+            work.wait()
+        self._leaving.clear()
+
+    def _incoming(self, transfers: Sequence[Transfer]) -> list[tuple[Transfer, Tensor]]:
+        return [(t, self.buffer(t.source)) for t in transfers if t.receiver == self._here]
+
+    def _expect(self, transfer: Transfer, works: list[dist.Work], buffer: Tensor) -> None:
+        self._arriving.setdefault(transfer.source, []).append((works, buffer))

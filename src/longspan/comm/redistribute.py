@@ -1,4 +1,4 @@
-"""Runs a change of layout on one mesh axis: split and gather of a sequence dim, differentiable.
+"""Runs a change of layout over a mesh, differentiable: the table is ``schedule/switch.py``'s.
 
 On the way back the gradient takes the opposite road, and which one depends on what follows the
 replicated tensor. Where every rank does the same with it, each has the whole gradient
@@ -7,21 +7,25 @@ part of the sum (``Partial``) and a gather's gradient is a reduce-scatter. So th
 side's gradient layout is named.
 """
 
-from itertools import accumulate
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from longspan.comm.mesh import axis_group
+from longspan.comm.exchange import Exchange
+from longspan.comm.move import Moves, move
 from longspan.errors import LayoutError
-from longspan.layout import Layout, Order, local_length, positions
+from longspan.layout import Layout
+from longspan.schedule.step import Step
+from longspan.schedule.switch import backward, local_shape, steps
 
-__all__ = ["redistribute"]
+__all__ = ["Moving", "redistribute", "redistribute_chunks", "start_redistribute"]
 
 
 def redistribute(
@@ -30,126 +34,215 @@ def redistribute(
     dst: Layout,
     mesh: DeviceMesh,
     *,
-    length: int,
-    grad: Placement | None = None,
+    length: int | None = None,
+    shape: Sequence[int] | None = None,
+    grad: Placement | Mapping[str, Placement] | None = None,
 ) -> Tensor:
-    """Move ``x`` from one layout to another over a mesh of one named axis.
+    """Bring ``x``, this rank's part of a tensor, from one layout to another over a mesh.
 
-    Replicate → Shard(dim) is a split: no traffic; Shard(dim) → Replicate a gather. ``length`` is
-    the whole dim's size, divisible or not; the shard's order is its layout's. ``grad``: the
-    gradient's placement on the replicated side, ``Replicate()`` (the default) or ``Partial()``;
-    on the sharded side it is always the same Shard. Raises LayoutError for other transitions or
-    a tensor of another size.
+    ``length`` is the whole size of the dim that ``src`` shards (or ``dst``, where ``src`` shards
+    none), divisible or not; ``shape`` instead is the whole tensor's, needed only where ``src``
+    shards several dims. Neither is needed where it shards none. A layout's order holds for all
+    its sharded dims. ``grad`` is the gradient's placement on a replicated side, ``Replicate()``
+    (the default) or ``Partial()``, for all axes or by axis; on a sharded side it is the same
+    Shard, on a partial one replicated. An axis that is replicated on both sides hands its
+    gradient on whole. The dtype stays. All ranks of the mesh must call it in the same order.
+
+    Raises LayoutError for a tensor of another size, or a layout that doesn't fit it or the mesh.
     """
-    group = axis_group(mesh)
-    (axis,) = mesh.mesh_dim_names or ("",)
-    before = src.placements.get(axis, Replicate())
-    after = dst.placements.get(axis, Replicate())
-    out: Tensor
-    partial = isinstance(grad, Partial)
-    if not (grad is None or partial or isinstance(grad, Replicate)):
-        raise LayoutError(f"grad must be Replicate() or Partial(), not {grad}")
-    if isinstance(before, Replicate) and isinstance(after, Shard):
-        _expect(x, after.dim, length)
-        out = _Split.apply(x, after.dim, length, dst.order, group, partial)
-        return out
-    if isinstance(before, Shard) and isinstance(after, Replicate):
-        _expect(x, before.dim, local_length(length, group.rank(), group.size(), src.order))
-        out = _Gather.apply(x, before.dim, length, src.order, group, partial)
-        return out
-    if before == after and src.order == dst.order:
-        return x
-    raise LayoutError(f"no way from {before} ({src.order}) to {after} ({dst.order}): split, gather")
+    moving = start_redistribute(x, src, dst, mesh, length=length, shape=shape, grad=grad)
+    return moving.wait()
 
 
-def _expect(x: Tensor, dim: int, size: int) -> None:
-    if x.shape[dim] != size:
-        raise LayoutError(f"dim {dim} should have {size} tokens here, it has {x.shape[dim]}")
+def start_redistribute(
+    x: Tensor,
+    src: Layout,
+    dst: Layout,
+    mesh: DeviceMesh,
+    *,
+    length: int | None = None,
+    shape: Sequence[int] | None = None,
+    grad: Placement | Mapping[str, Placement] | None = None,
+) -> "Moving":
+    """``redistribute`` that has set off: what is computed until ``.wait()`` overlaps it.
 
-
-def _shards(length: int, order: Order, group: dist.ProcessGroup) -> list[Tensor]:
-    return [positions(length, rank, group.size(), order) for rank in range(group.size())]
-
-
-def _own(x: Tensor, dim: int, length: int, order: Order, group: dist.ProcessGroup) -> Tensor:
-    index = positions(length, group.rank(), group.size(), order)
-    return x.index_select(dim, index.to(x.device))
-
-
-def _all_to_all(parts: list[Tensor], shapes: list[torch.Size], group: Any) -> list[Tensor]:
-    """Sends parts[i] to rank i; returns what each rank sent here, of the shapes given."""
-    here = group.rank()
-    sent = [part if rank != here else part[:0] for rank, part in enumerate(parts)]
-    sizes = [shape.numel() if rank != here else 0 for rank, shape in enumerate(shapes)]
-    flat = parts[0].new_empty(sum(sizes))
-    outgoing = torch.cat([part.reshape(-1) for part in sent])
-    dist.all_to_all_single(flat, outgoing, sizes, [part.numel() for part in sent], group=group)
-    starts = accumulate(sizes, initial=0)
-    return [
-        parts[here] if rank == here else flat[start : start + size].view(shape)
-        for rank, (start, size, shape) in enumerate(zip(starts, sizes, shapes, strict=False))
+    Only the first exchange of a chain sets off. The gradient is under way as long: from the
+    backward of ``wait`` to that of this call. ``x`` must not be changed before ``wait``.
+    """
+    axes = _axes(mesh)
+    at = tuple(mesh.get_local_rank(axis) for axis in range(mesh.ndim))
+    whole = _whole_shape(x, src, dst, axes, length, shape)
+    named = grad if isinstance(grad, Mapping) else dict.fromkeys(axes, grad or Replicate())
+    roads = [
+        _Road(steps(here, there, whole, axes, at), mesh)
+        for here, there in ((src, dst), backward(src, dst, named))
     ]
+    if (expected := local_shape(src, whole, axes, at)) != x.shape:
+        raise _misfit(x, expected)
+    return Moving(x, *roads)
 
 
-def _gather(x: Tensor, dim: int, length: int, order: Order, group: dist.ProcessGroup) -> Tensor:
-    shards = _shards(length, order, group)
-    shapes = [torch.Size((*x.shape[:dim], len(s), *x.shape[dim + 1 :])) for s in shards]
-    parts = _all_to_all([x.contiguous()] * group.size(), shapes, group)
-    whole = x.new_empty(*x.shape[:dim], length, *x.shape[dim + 1 :])
-    return whole.index_copy_(dim, torch.cat(shards).to(x.device), torch.cat(parts, dim))
+def redistribute_chunks(
+    chunks: Iterable[Tensor],
+    src: Layout,
+    dst: Layout,
+    mesh: DeviceMesh,
+    *,
+    length: int | None = None,
+    grad: Placement | Mapping[str, Placement] | None = None,
+    ahead: int = 1,
+) -> Iterator[Tensor]:
+    """``redistribute`` of a tensor in chunks of a third dim: what computes them overlaps it.
+
+    While ``ahead`` chunks are under way, the caller's loop works on the one before and the
+    iterable makes the next: ``for y in redistribute_chunks((stage(c) for c in x.split(n, 0)),
+    …): use(y)``. The gradients' exchanges overlap the stages' backward in the same way.
+    """
+    under_way: deque[Moving] = deque()
+    for chunk in chunks:
+        under_way.append(start_redistribute(chunk, src, dst, mesh, length=length, grad=grad))
+        if len(under_way) > ahead:
+            yield under_way.popleft().wait()
+    while under_way:
+        yield under_way.popleft().wait()
 
 
-def _reduce_scatter(
-    x: Tensor, dim: int, length: int, order: Order, group: dist.ProcessGroup
-) -> Tensor:
-    parts = [x.index_select(dim, s.to(x.device)) for s in _shards(length, order, group)]
-    own = parts[group.rank()]
-    received = _all_to_all(parts, [own.shape] * group.size(), group)
-    return torch.stack(received).sum(0)
+class _Road:
+    """Steps over the axes of a mesh."""
+
+    def __init__(self, steps: tuple[Step, ...], mesh: DeviceMesh) -> None:
+        self.steps, self.mesh = steps, mesh
+
+    def start(self, x: Tensor) -> "_Travel":
+        return _Travel(self._moves(x))
+
+    def _moves(self, x: Tensor) -> Moves:
+        for step in self.steps:
+            group = self.mesh.get_group(step.axis if self.mesh.ndim > 1 else 0)
+            x = yield from move(x, step, group)
+        return x
 
 
-def _spread(x: Tensor, dim: int, length: int, order: Order, group: dist.ProcessGroup) -> Tensor:
-    """A shard in its place in the whole, zeros elsewhere: this rank's part of a sum."""
-    index = positions(length, group.rank(), group.size(), order)
-    whole = x.new_zeros(*x.shape[:dim], length, *x.shape[dim + 1 :])
-    return whole.index_copy_(dim, index.to(x.device), x)
+class _Travel:
+    """A tensor under way: its first exchange has been posted."""
+
+    def __init__(self, moves: Moves) -> None:
+        self._moves = moves
+        self._work: Exchange | None = None
+        self._arrived: Tensor | None = None
+        self._go()
+
+    def _go(self) -> None:
+        try:
+            self._work = next(self._moves)
+        except StopIteration as end:
+            self._work, self._arrived = None, end.value
+
+    def wait(self) -> Tensor:
+        while self._work is not None:
+            self._work.wait()
+            self._go()
+        assert self._arrived is not None
+        return self._arrived
 
 
-class _Split(torch.autograd.Function):
+class Moving:
+    """A tensor on its way to another layout."""
+
+    def __init__(self, x: Tensor, there: _Road, back: _Road) -> None:
+        self._still = x if not there.steps and not back.steps else None
+        self._there, self._back = there, back
+        self.travel: _Travel | None = None
+        self._token: Tensor | None = None
+        if self._still is None:
+            self._token = _Start.apply(x, self)
+
+    def wait(self) -> Tensor:
+        """The tensor in its new layout; to be called once."""
+        if self._still is not None:
+            return self._still
+        if self._token is None:
+            raise LayoutError("this tensor has been waited for already")
+        out: Tensor = _Wait.apply(self._token, self)
+        self._token = None  # The graph keeps this object: no circle.
+        return out
+
+
+class _Start(torch.autograd.Function):
+    """Sets off; its backward waits for the gradient that ``_Wait``'s has sent off."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dim: int,
-        length: int,
-        order: Order,
-        group: dist.ProcessGroup,
-        partial: bool,
-    ) -> Tensor:
-        ctx.where, ctx.partial = (dim % x.ndim, length, order, group), partial
-        return _own(x, *ctx.where)
+    def forward(ctx: Any, x: Tensor, moving: Moving) -> Tensor:
+        ctx.moving = moving
+        moving.travel = moving._there.start(x.detach())
+        return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        back = _spread if ctx.partial else _gather
-        return back(grad, *ctx.where), None, None, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, token: Tensor) -> tuple[Tensor, None]:
+        return _arrived(ctx.moving), None
 
 
-class _Gather(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dim: int,
-        length: int,
-        order: Order,
-        group: dist.ProcessGroup,
-        partial: bool,
-    ) -> Tensor:
-        ctx.where, ctx.partial = (dim % x.ndim, length, order, group), partial
-        return _gather(x, *ctx.where)
+    def forward(ctx: Any, token: Tensor, moving: Moving) -> Tensor:
+        ctx.moving = moving
+        return _arrived(moving)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        back = _reduce_scatter if ctx.partial else _own
-        return back(grad, *ctx.where), None, None, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.moving.travel = ctx.moving._back.start(grad)
+        return grad.new_empty(0), None
+
+
+def _arrived(moving: Moving) -> Tensor:
+    travel, moving.travel = moving.travel, None
+    assert travel is not None
+    return travel.wait()
+
+
+def _axes(mesh: DeviceMesh) -> dict[str, int]:
+    names = mesh.mesh_dim_names or ("",)
+    if len(names) != mesh.ndim:
+        raise LayoutError("a mesh of several axes needs their names: mesh_dim_names=(…)")
+    return {name: mesh.size(axis) for axis, name in enumerate(names)}
+
+
+def _whole_shape(
+    x: Tensor,
+    src: Layout,
+    dst: Layout,
+    axes: Mapping[str, int],
+    length: int | None,
+    shape: Sequence[int] | None,
+) -> tuple[int, ...]:
+    if shape is not None:
+        if len(shape) != x.ndim:
+            raise LayoutError(f"shape has {len(shape)} dims, the tensor {x.ndim}")
+        return tuple(shape)
+    cut, to_cut = (
+        {
+            dim % max(x.ndim, 1)
+            for axis in axes
+            if (dim := getattr(layout.placements.get(axis), "dim", None)) is not None
+        }
+        for layout in (src, dst)
+    )
+    whole = list(x.shape)
+    if len(cut) > 1 or (cut and length is None):
+        raise LayoutError(f"dims {sorted(cut)} are sharded: give the whole tensor's shape=")
+    for dim in cut:
+        whole[dim] = length or 0
+    if not cut and length is not None and any(whole[dim] != length for dim in to_cut):
+        dim = next(dim for dim in to_cut if whole[dim] != length)
+        whole[dim] = length
+        raise _misfit(x, tuple(whole))
+    return tuple(whole)
+
+
+def _misfit(x: Tensor, expected: tuple[int, ...]) -> LayoutError:
+    for dim, (size, here) in enumerate(zip(expected, x.shape, strict=True)):
+        if size != here:
+            return LayoutError(f"dim {dim} should have {size} tokens here, it has {here}")
+    raise AssertionError("the shapes are equal")

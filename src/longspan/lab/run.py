@@ -72,6 +72,7 @@ def _environment(spec: LabSpec, rank: int, extra: Mapping[str, str]) -> dict[str
         "LOCAL_WORLD_SIZE": spec.ranks,
         "GROUP_RANK": node,
         "GROUP_WORLD_SIZE": spec.nodes,
+        "LONGSPAN_SITE": f"site{spec.site_of(node)}",
         "MASTER_ADDR": address(0),
         "MASTER_PORT": 29500,
         "GLOO_SOCKET_IFNAME": "eth0",
@@ -79,6 +80,8 @@ def _environment(spec: LabSpec, rank: int, extra: Mapping[str, str]) -> dict[str
         "OMP_NUM_THREADS": 1,
         "PYTHONUNBUFFERED": 1,
     }
+    if memory := spec.memory_of(node):
+        ours["LONGSPAN_DEVICE_BYTES"] = memory
     return {**os.environ, **{name: str(value) for name, value in ours.items()}, **extra}
 
 

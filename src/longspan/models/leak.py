@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from longspan.comm.mesh import axis_group
+from longspan.comm.mesh import flat_group
 from longspan.errors import LeakError
 from longspan.layout import Order, positions
 
@@ -47,7 +47,7 @@ def leak_probe(
     changed in turn. Raises LeakError, on every rank, if an output changed outside the changed
     token's document or before it, or if none changed at all.
     """
-    order, group = Order.of(order), axis_group(mesh)
+    order, group = Order.of(order), flat_group(mesh)
     device = next(model.parameters()).device
     ends = (0, *accumulate(lengths))
     generator = torch.Generator().manual_seed(seed)

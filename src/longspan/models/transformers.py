@@ -7,8 +7,7 @@ honoured exactly is refused, never ignored.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from longspan.attention.attend import attend, global_length
 from longspan.attention.kept import Kept
-from longspan.comm.mesh import axis_group
+from longspan.comm.mesh import flat_group
 from longspan.errors import ModelError
 from longspan.layout import Order, positions
 from longspan.models.loss import ModelLoss
@@ -41,18 +40,33 @@ _HARMLESS = {
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
-@dataclass
 class _Sharding:
-    """What a forward pass tells its attention layers."""
+    """What a forward pass tells its attention layers.
 
-    mesh: DeviceMesh
-    order: Order
-    documents: tuple[int, ...]
-    calls: int = 0
+    No dataclass: FSDP2 copies those when it casts a module's inputs, and calls would be lost.
+    """
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        order: Order,
+        inside: Literal["ring", "heads"],
+        documents: tuple[int, ...],
+    ) -> None:
+        self.mesh, self.order, self.inside, self.documents = mesh, order, inside, documents
+        self.calls = 0
 
 
-def patch(model: Model, *, mesh: DeviceMesh, order: Order | str = Order.ZIGZAG) -> Model:
+def patch(
+    model: Model,
+    *,
+    mesh: DeviceMesh,
+    order: Order | str = Order.ZIGZAG,
+    inside: Literal["ring", "heads"] = "ring",
+) -> Model:
     """Make ``model`` take this rank's share of a sequence that is sharded over ``mesh``.
+
+    ``mesh``, ``order`` and ``inside`` are those of ``longspan.attend``.
 
     Call the model with ``input_ids (B, S_local)``, this rank's tokens in ``order``, and
     ``cu_seqlens``, the *global* document boundaries (none: one document). Position ids are set
@@ -69,7 +83,7 @@ def patch(model: Model, *, mesh: DeviceMesh, order: Order | str = Order.ZIGZAG) 
     tokens by other means.
     """
     order = Order.of(order)
-    axis_group(mesh)
+    flat_group(mesh)
     check_model(model)
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _no_mask)
@@ -78,7 +92,7 @@ def patch(model: Model, *, mesh: DeviceMesh, order: Order | str = Order.ZIGZAG) 
     losses = ModelLoss(model)
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, losses.asked(_sharded_arguments(args, kwargs, mesh, order))
+        return args, losses.asked(_sharded_arguments(args, kwargs, mesh, order, inside))
 
     def after(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
         found, expected = kwargs[_NAME].calls, module.config.num_hidden_layers
@@ -131,10 +145,14 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def _sharded_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any], mesh: DeviceMesh, order: Order
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mesh: DeviceMesh,
+    order: Order,
+    inside: Literal["ring", "heads"],
 ) -> dict[str, Any]:
     """The model's arguments, with positions and boundaries filled in and the rest checked."""
-    group = axis_group(mesh)
+    group = flat_group(mesh)
     cu_seqlens = kwargs.pop("cu_seqlens", None)
     tokens = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
                    if x is not None), None)  # fmt: skip
@@ -155,7 +173,7 @@ def _sharded_arguments(
         documents: tuple[int, ...] = (0, global_length(tokens.shape[1], group, order))
     else:
         documents = tuple(int(end) for end in cu_seqlens)
-    sharding = _Sharding(mesh, order, documents)
+    sharding = _Sharding(mesh, order, inside, documents)
     if kwargs.get("position_ids") is None:
         own = _positions_in_documents(documents, group, order)
         kwargs["position_ids"] = own.to(tokens.device).expand(tokens.shape[0], -1)
@@ -202,6 +220,7 @@ def _attention(
         mesh=longspan.mesh,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         order=longspan.order,
+        inside=longspan.inside,
         scale=scaling,
         cu_seqlens=longspan.documents,
         kept=longspan_kept,

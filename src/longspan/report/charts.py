@@ -1,6 +1,7 @@
 """Charts: curves, bars, and the strip that shows which rank holds which tokens."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -118,8 +119,10 @@ def line_chart(
     it at zero.
     """
     if log:
+        least = sys.float_info.min  # what is smaller has too few digits for a scale around it
         curves = [
-            replace(c, points=[(x, y if y > 0 else math.nan) for x, y in c.points]) for c in curves
+            replace(c, points=[(x, y if y >= least else math.nan) for x, y in c.points])
+            for c in curves
         ]
     shown = [c for c in curves if any(math.isfinite(y) for _, y in c.points)]
     if not shown:

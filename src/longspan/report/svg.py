@@ -64,6 +64,7 @@ RULES = "\n".join(
         "svg .strong { fill: var(--ink); font-weight: 600; }",
         "svg .title { fill: var(--ink); font-size: 20px; font-weight: 700; }",
         "svg .big { font-size: 14px; }",
+        "svg .small { font-size: 9px; }",
         "svg .grid { stroke: var(--grid); stroke-width: 1; }",
         "svg .axis { stroke: var(--muted); stroke-width: 1; }",
         "svg .paper { fill: var(--paper); stroke: var(--grid); }",
@@ -126,14 +127,18 @@ def svg(
     description: str,
     *parts: str,
     colours: dict[str, str] | None = None,
+    dark: dict[str, str] | None = None,
 ) -> str:
     """A whole drawing with its title and description.
 
-    With ``colours`` it stands alone: it carries its style and an opaque sheet of paper.
+    With ``colours`` it stands alone: it carries its style and an opaque sheet of paper, in the
+    ``dark`` colours where the viewer asks for a dark scheme.
     """
     sheet = ""
     if colours:
-        rules = re.sub(r"var\(--(\w+)\)", lambda match: colours[match[1]], RULES)
+        rules = _plain(colours)
+        if dark:
+            rules += f"\n@media (prefers-color-scheme: dark) {{\n{_plain(dark)}\n}}"
         sheet = element("style", rules) + rect(0.5, 0.5, width - 1, height - 1, "paper", r=10)
     return element(
         "svg",
@@ -147,6 +152,10 @@ def svg(
         height=height,
         role="img",
     )
+
+
+def _plain(colours: dict[str, str]) -> str:
+    return re.sub(r"var\(--(\w+)\)", lambda match: colours[match[1]], RULES)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:

@@ -1,12 +1,8 @@
-"""Rounds of ring attention: who holds whose keys and values, what they see, what is sent.
+"""Ring attention, cut into blocks: what the queries of one rank see of another rank's keys.
 
-In round r, rank i holds the keys and values of rank i-r (mod world) and hands them to rank i+1.
-In backward their gradients follow one round behind, gathering a share on every rank, and the
-last rank that has one sends them home; a rank's share of its own keys never leaves it. Nothing
-is sent to where nobody further down the ring has a use for it.
-
-Source: ring attention (arXiv 2310.01889), in the form that BurstAttention (arXiv 2403.09347,
-section 3) starts from.
+Documents, causality and the order of tokens are all in the blocks, so that a kernel needs to know
+nothing but full and lower triangular squares. When blocks are computed, and what is sent for it,
+is told by ``schedule.rounds``.
 """
 
 import itertools
@@ -16,10 +12,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from longspan.errors import LayoutError
-from longspan.layout import Order, Run, runs
-from longspan.schedule.ops import Comm
+from longspan.layout import Order, Run, place_runs
 
-__all__ = ["Block", "Ring", "Round", "Transfer", "blocks", "comms", "rounds", "tokens"]
+__all__ = ["Block", "Ring", "blocks", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +22,12 @@ class Ring:
     """One attention over a sequence of ``length`` tokens on a ring of ``world`` ranks.
 
     ``documents``: where each document starts, and the end of the last: 0, …, length
-    (cu_seqlens); tokens attend only inside their document. ``kv_bytes`` and ``grad_bytes``: what
-    a token's keys and values, and their gradients, weigh on the wire. ``stop``: only tokens before
-    this position take part; if causal, they attend as in the whole sequence.
+    (cu_seqlens); tokens attend only inside their document. What a token's things weigh on the
+    wire: ``kv_bytes`` its keys and values, ``grad_bytes`` their gradients, ``q_bytes`` its query
+    with its output's gradient and row statistics, ``dq_bytes`` the query's gradient.
+    ``node_ranks``: how many ranks, side by side, are in a node; 0: all. ``width``: how many ranks
+    of the order hold a rank's tokens together (after a head exchange among them). ``stop``: only
+    tokens before this position take part; if causal, they attend as in the whole sequence.
     """
 
     length: int
@@ -39,6 +37,10 @@ class Ring:
     documents: tuple[int, ...]
     kv_bytes: int
     grad_bytes: int
+    q_bytes: int = 0
+    dq_bytes: int = 0
+    node_ranks: int = 0
+    width: int = 1
     stop: int | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +51,20 @@ class Ring:
             )
         if any(end < start for start, end in itertools.pairwise(ends)):
             raise LayoutError("cu_seqlens must not descend")
+        if self.node_ranks < 0 or self.world % self.node:
+            raise LayoutError(f"{self.world} ranks are no whole nodes of {self.node_ranks}")
+        if 0 < (self.stop or 0) < self.length and not self.ascending:
+            raise LayoutError("stripes of several ranks have no first tokens to stop after")
+
+    @property
+    def ascending(self) -> bool:
+        """Whether the tokens of a rank are in ascending position."""
+        return self.width == 1 or self.order is not Order.STRIPED
+
+    @property
+    def node(self) -> int:
+        """Ranks of a node: of the inner ring."""
+        return self.node_ranks or self.world
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,30 +88,6 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
-    """Keys and values of rank ``source``, or their gradients, on their way between two ranks."""
-
-    sender: int
-    receiver: int
-    source: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One rank's round: the blocks it computes with the keys and values of rank ``source``.
-
-    ``kv`` is under way while it computes, ``grads`` (backward only) starts when it has computed;
-    both name what this rank sends and what it receives.
-    """
-
-    source: int
-    blocks: tuple[Block, ...]
-    kv: tuple[Transfer, ...]
-    grads: tuple[Transfer, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class _Piece:
     """A run cut down to one document."""
 
@@ -107,7 +99,7 @@ class _Piece:
 def _pieces(ring: Ring, rank: int) -> tuple[_Piece, ...]:
     found = []
     ends = ring.documents
-    for run in runs(ring.length, rank, ring.world, ring.order):
+    for run in place_runs(ring.length, rank, ring.world, ring.width, ring.order):
         done, total = 0, run.count
         if ring.stop is not None:
             total = min(total, -(-(ring.stop - run.start) // run.stride))
@@ -120,11 +112,13 @@ def _pieces(ring: Ring, rank: int) -> tuple[_Piece, ...]:
     return tuple(found)
 
 
-def _between(q: Run, kv: Run, causal: bool) -> Block | None:
-    """What the tokens of one run see of another rank's run of the same document."""
+def _between(q: Run, kv: Run, causal: bool, same: bool) -> Block | None:
+    """What the tokens of one run see of another run of the same document, or the same run."""
     q_stop, kv_stop = q.local + q.count, kv.local + kv.count
     if not causal:
         return Block(q.local, q_stop, kv.local, kv_stop, False)
+    if same:
+        return Block(q.local, q_stop, q.local, q_stop, True)
     if q.stride == 1:
         return Block(q.local, q_stop, kv.local, kv_stop, False) if kv.start < q.start else None
     # Stripes interleave: query a sees keys up to a, or up to a-1 if the keys' stripe comes later.
@@ -156,78 +150,25 @@ def _joined(found: Iterable[Block]) -> Iterator[Block]:
         yield last
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 14)
 def blocks(ring: Ring, q_rank: int, kv_rank: int) -> tuple[Block, ...]:
     """The blocks that the queries of one rank see of the keys of another; none if they see none."""
     by_document: dict[int, list[Run]] = {}
     for piece in _pieces(ring, kv_rank):
         by_document.setdefault(piece.document, []).append(piece.run)
-    if q_rank == kv_rank:
-        # Positions ascend on a rank, so its own part of a document is one triangle or square.
+    if q_rank == kv_rank and ring.ascending:
+        # Positions ascend, so a rank's own part of a document is one triangle or square.
         own = [(part[0].local, part[-1].local + part[-1].count) for part in by_document.values()]
         return tuple(Block(start, stop, start, stop, ring.causal) for start, stop in own)
     found = [
         block
         for piece in _pieces(ring, q_rank)
         for kv in by_document.get(piece.document, ())
-        if (block := _between(piece.run, kv, ring.causal))
+        if (block := _between(piece.run, kv, ring.causal, piece.run == kv and q_rank == kv_rank))
     ]
     return tuple(_joined(_joined(found)))
 
 
-def _last_needed(ring: Ring, source: int) -> int:
-    """How many hops from ``source`` the last rank is that sees its keys."""
-    hops = range(ring.world - 1, 0, -1)
-    return next((h for h in hops if blocks(ring, (source + h) % ring.world, source)), 0)
-
-
 def tokens(ring: Ring, rank: int) -> int:
-    """How many tokens of ``rank`` take part: its first ones."""
+    """How many tokens of a rank take part: its first ones."""
     return sum(piece.run.count for piece in _pieces(ring, rank))
-
-
-def _kv_transfer(ring: Ring, sender: int, hops: int) -> Iterator[Transfer]:
-    """What ``sender`` hands on in the round in which it holds keys from ``hops`` ranks before."""
-    source = (sender - hops) % ring.world
-    if hops < _last_needed(ring, source):
-        size = tokens(ring, source) * ring.kv_bytes
-        yield Transfer(sender, (sender + 1) % ring.world, source, size)
-
-
-def _grad_transfer(ring: Ring, sender: int, hops: int) -> Iterator[Transfer]:
-    """The gradients that ``sender`` hands on, or home, after that round."""
-    source = (sender - hops) % ring.world
-    last = _last_needed(ring, source)
-    shared = any(blocks(ring, (source + h) % ring.world, source) for h in range(1, hops + 1))
-    if shared and 1 <= hops <= last:
-        receiver = source if hops == last else (sender + 1) % ring.world
-        yield Transfer(sender, receiver, source, tokens(ring, source) * ring.grad_bytes)
-
-
-@lru_cache(maxsize=256)
-def rounds(ring: Ring, rank: int, backward: bool = False) -> tuple[Round, ...]:
-    """The rounds of ``rank``, in forward or backward."""
-    found = []
-    for hops in range(ring.world):
-        kv = [t for sender in range(ring.world) for t in _kv_transfer(ring, sender, hops)]
-        grads = [t for sender in range(ring.world) for t in _grad_transfer(ring, sender, hops)]
-        source = (rank - hops) % ring.world
-        found.append(
-            Round(
-                source,
-                blocks(ring, rank, source),
-                tuple(t for t in kv if rank in (t.sender, t.receiver)),
-                tuple(t for t in grads if backward and rank in (t.sender, t.receiver)),
-            )
-        )
-    return tuple(found)
-
-
-def comms(ring: Ring, rank: int, backward: bool = False) -> tuple[Comm, ...]:
-    """What ``rank`` sends, as ops of the score."""
-    return tuple(
-        Comm("send", (transfer.sender, transfer.receiver), (transfer.bytes,))
-        for turn in rounds(ring, rank, backward)
-        for transfer in (*turn.kv, *turn.grads)
-        if transfer.sender == rank
-    )

@@ -56,7 +56,7 @@ def run_demo(runs: Path, steps: int | None = None) -> int:
     path = runs / "demo.yaml"
     save_config(config, path)
     inspect(config, _PROCESSES, _PROCESSES)
-    code = launch(path, (), _PROCESSES)
+    code = launch(("train", str(path)), _PROCESSES)
     if code:
         return code
     console.rule("3  what happened")

@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig
 from longspan.attention.ring import accumulation_dtype
 from longspan.data.packing import PackedSequence
 from longspan.layout import Order
-from longspan.schedule.ring import Ring, comms, rounds
+from longspan.schedule.ring import Ring
+from longspan.schedule.rounds import comms, rounds
 
 __all__ = ["ring_figures"]
 

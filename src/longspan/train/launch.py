@@ -5,7 +5,6 @@ import os
 import sys
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -15,8 +14,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 __all__ = ["default_nproc", "launch"]
 
 
-def launch(config_path: Path, overrides: Sequence[str], nproc: int) -> int:
-    """Run ``longspan train`` in ``nproc`` processes; returns the exit code.
+def launch(arguments: Sequence[str], nproc: int) -> int:
+    """Run ``longspan`` with ``arguments`` in ``nproc`` processes; returns the exit code.
 
     A rank that ends with a user's error has said so: its 2 is passed on. SIGTERM and Ctrl-C are
     handed to the ranks, who save and stop.
@@ -33,10 +32,8 @@ def launch(config_path: Path, overrides: Sequence[str], nproc: int) -> int:
         max_restarts=0,
         start_method="spawn",
     )
-    arguments = [f"--set={override}" for override in overrides]
-    command = ["-m", "longspan", "train", str(config_path), *arguments]
     try:
-        elastic_launch(settings, sys.executable)(*command)
+        elastic_launch(settings, sys.executable)("-m", "longspan", *arguments)
     except SignalException:
         return 0
     except ChildFailedError as error:
@@ -45,10 +42,7 @@ def launch(config_path: Path, overrides: Sequence[str], nproc: int) -> int:
             return 2
         rank, code = next(iter(codes.items()))
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        print(
-            f"longspan: rank {rank} {how}; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
+        print(f"longspan: rank {rank} {how}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,0 +1,147 @@
+"""Ring attention as schedules of tasks, which can be priced and played.
+
+A round's keys and values set off once the round before is computed and they are there. A round's
+gradients set off once it is computed and those that came in meanwhile are added. That is what
+``attention.ring`` does; which kernels a round takes is a ``Kernels``' to say.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from longspan.errors import ConfigError
+from longspan.layout import Order
+from longspan.schedule.ops import Comm, Compute, Op, Task
+from longspan.schedule.ring import Ring
+from longspan.schedule.rounds import Round, Transfer, rounds
+
+__all__ = ["AttentionKernels", "Kernels", "Named", "ring_tasks"]
+
+Named = tuple[str, Compute]
+_BACKWARD = 2.5  # five matrix products to forward's two
+
+
+class Kernels(Protocol):
+    """What a rank computes, as named ops one after another."""
+
+    def begin(self, backward: bool) -> Sequence[Named]:
+        """Before the first round of forward or backward."""
+
+    def attend(self, turn: Round, first: bool, backward: bool) -> Sequence[Named]:
+        """In a round, from the keys and values it holds."""
+
+    def add(self, turn: Round, first: bool, received: Sequence[Transfer]) -> Sequence[Named]:
+        """In a round of backward, from the gradients that came in during the round before."""
+
+    def end(self, backward: bool, received: Sequence[Transfer]) -> Sequence[Named]:
+        """After the last round, from the gradients that came home."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKernels:
+    """What ``attention.ring`` computes: for each block a kernel, and a pass that adds its results.
+
+    A query-key pair costs 4·``head_dim`` flops a head, and 2.5 times that in backward (Dao, arXiv
+    2307.08691, section 4.1). A pass reads the results and the float32 sum, and writes the sum.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    dtype_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for heads that can't be."""
+        if min(self.heads, self.kv_heads, self.head_dim) < 1 or self.heads % self.kv_heads:
+            raise ConfigError(
+                f"{self.heads} heads and {self.kv_heads} KV heads of {self.head_dim}: all must be "
+                "at least 1, and the heads a multiple of the KV heads"
+            )
+
+    def ring(self, length: int, world: int, order: Order | str) -> Ring:
+        """The causal ring over one document, whose gradients travel in float32."""
+        if length < 1 or world < 1:
+            raise ConfigError(f"{length} tokens on {world} ranks: both must be at least 1")
+        numbers = 2 * self.kv_heads * self.head_dim
+        ends, kv_bytes = (0, length), numbers * self.dtype_bytes
+        return Ring(length, world, Order.of(order), True, ends, kv_bytes, numbers * 4)
+
+    def begin(self, backward: bool) -> Sequence[Named]:
+        """Nothing."""
+        return ()
+
+    def attend(self, turn: Round, first: bool, backward: bool) -> Sequence[Named]:
+        """A kernel and a pass for each block."""
+        name, factor = ("backward", _BACKWARD) if backward else ("forward", 1.0)
+        found: list[Named] = []
+        for block in turn.blocks:
+            flops = factor * 4 * self.heads * self.head_dim * block.pairs
+            numbers = self.heads * (block.q_stop - block.q_start)
+            if backward:
+                numbers += 2 * self.kv_heads * (block.kv_stop - block.kv_start)
+            size = numbers * self.head_dim * (self.dtype_bytes + 8)
+            found.append((name, Compute("attention", flops, dtype=self.dtype)))
+            found.append(("add up", Compute("elementwise", 0, size, self.dtype)))
+        return found
+
+    def add(self, turn: Round, first: bool, received: Sequence[Transfer]) -> Sequence[Named]:
+        """A pass over what was received."""
+        sizes = [3 * way.bytes for way in received]
+        return [("add up", Compute("elementwise", 0, size, self.dtype)) for size in sizes]
+
+    def end(self, backward: bool, received: Sequence[Transfer]) -> Sequence[Named]:
+        """A pass over the gradients that came home."""
+        return [
+            ("add up", Compute("elementwise", 0, 3 * way.bytes, self.dtype)) for way in received
+        ]
+
+
+def ring_tasks(ring: Ring, rank: int, kernels: Kernels, *, backward: bool = True) -> list[Task]:
+    """The schedule of ``rank``: forward and, unless it is left out, backward right after it.
+
+    Lanes: "compute", and one each way for keys and values ("kv-out", "kv-in") and for gradients
+    ("grad-out", "grad-in").
+    """
+    score = _Score([])
+    for half in (False, True)[: 1 + backward]:
+        received: tuple[Transfer, ...] = ()
+        score.compute(kernels.begin(half), ())
+        for index, turn in enumerate(rounds(ring, rank, half)):
+            ready = score.last("compute", "kv-in")
+            held, came = score.last("kv-in"), score.last("grad-in")
+            for way in turn.payload:
+                lane = "kv-out" if way.sender == rank else "kv-in"
+                score.append(_send(way), lane, ready, "keys and values")
+            score.compute(kernels.attend(turn, not index, half), held)
+            if half:
+                score.compute(kernels.add(turn, not index, received), came)
+            computed = tuple(sorted({*score.last("compute"), *came}))
+            for way in turn.grads:
+                out = way.sender == rank
+                lane, after = ("grad-out", computed) if out else ("grad-in", ())
+                score.append(_send(way), lane, after, "gradients")
+            received = tuple(way for way in turn.grads if way.receiver == rank)
+        score.compute(kernels.end(half, received), score.last("grad-in"))
+    return score.tasks
+
+
+@dataclass(frozen=True, slots=True)
+class _Score:
+    tasks: list[Task]
+
+    def append(self, op: Op, lane: str, after: tuple[int, ...], name: str) -> None:
+        self.tasks.append(Task(op, lane, after, name))
+
+    def compute(self, named: Sequence[Named], after: tuple[int, ...]) -> None:
+        for name, op in named:
+            self.append(op, "compute", after, name)
+
+    def last(self, *lanes: str) -> tuple[int, ...]:
+        """The last place of each of these lanes that has one."""
+        places = {task.lane: place for place, task in enumerate(self.tasks) if task.lane in lanes}
+        return tuple(sorted(places.values()))
+
+
+def _send(way: Transfer) -> Comm:
+    return Comm("send", (way.sender, way.receiver), (way.bytes,))
