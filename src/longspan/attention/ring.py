@@ -138,7 +138,9 @@ class RingAttention(torch.autograd.Function):
         rank, early = _rank(group), ring if late is None else replace(ring, stop=late.stop)
         count = tokens(early, rank)
         kernel, wide = kernel_for(q, v), accumulation_dtype(q.dtype)
-        out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=wide)
+        # Heads inside tokens, as models go on with it: else a transposed copy would be kept, too.
+        size = (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        out = q.new_zeros(size, dtype=wide).transpose(1, 2)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
 
         def compute(block: Block, held: list[Tensor], _: list[Tensor]) -> None:
