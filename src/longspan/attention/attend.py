@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from longspan.attention.hybrid import exchange_heads
+from longspan.attention.kept import Kept
 from longspan.attention.ring import ring_of, turn
 from longspan.comm.mesh import flat_group
 from longspan.errors import LayoutError
@@ -31,6 +32,7 @@ def attend(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     inside: Literal["ring", "heads"] = "ring",
     travels: Travels | Literal["auto"] = "auto",
+    kept: Kept | None = None,
 ) -> Tensor:
     """Exact attention over a sequence whose tokens are sharded over ``mesh``.
 
@@ -45,7 +47,8 @@ def attend(
     A mesh has one axis, or two: between nodes and inside them. ``inside`` says what the ranks of
     the last axis do: turn a ring (with two axes the double ring), or exchange tokens for heads
     (Ulysses; with two axes the ring is of nodes only). ``travels``: what a ring's backward hands
-    around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes.
+    around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes. ``kept`` remembers a part of
+    the result for when the same call is made again to recompute activations.
 
     Raises LayoutError for tensors, mesh, order, window and documents that don't fit together.
     """
@@ -66,13 +69,13 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     ranks_inside = mesh.size(mesh.ndim - 1)
     if inside == "heads":
-        return exchange_heads(q, k, v, mesh, causal, window, order, scale, documents, travels)
+        return exchange_heads(q, k, v, mesh, causal, window, order, scale, documents, travels, kept)
     ring = ring_of(
         *(q, k, v, group.size(), order, causal, documents),
         window=window,
         node_ranks=ranks_inside,
     )
-    return turn(q, k, v, ring, group, scale, travels)
+    return turn(q, k, v, ring, group, scale, travels, kept)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from longspan.attention.heads import to_heads, to_tokens
+from longspan.attention.kept import Kept
 from longspan.attention.ring import ring_of, turn
 from longspan.layout import Order, positions
 from longspan.schedule.heads import HeadShares
@@ -31,6 +32,7 @@ def exchange_heads(
     scale: float,
     documents: tuple[int, ...],
     travels: Travels | Literal["auto"],
+    kept: Kept | None,
 ) -> Tensor:
     """Attention with a head exchange on the mesh's last axis, and a ring over the other, if any.
 
@@ -58,7 +60,7 @@ def exchange_heads(
     here = (q_here, k_here, v_here)
     ring = ring_of(*here, places, order, causal, documents, window=window, width=width)
     outer = mesh.get_group(0) if places > 1 else None
-    out = turn(*here, ring, outer, scale, travels)
+    out = turn(*here, ring, outer, scale, travels, kept)
     if ascending is not None:
         out = out.index_select(2, ascending.argsort())
     return to_tokens(out, counts, q_shares, q.shape[1], inner)

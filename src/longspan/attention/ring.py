@@ -8,13 +8,14 @@ Payloads are one flat buffer, so that they go as one message. Results are accumu
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.attention.kept import Kept, Late
 from longspan.attention.kernels import Flipped, kernel_for
 from longspan.attention.merge import merge_
 from longspan.comm.p2p import Mailbox
@@ -116,9 +117,10 @@ def _add(gradient: _Flat, sums: Tensor, parts: list[Tensor], source: int) -> Non
 
 
 class RingAttention(torch.autograd.Function):
-    """``apply(q, k, v, ring, group, scale, travels) -> (out, lse)``; lse carries no gradient.
+    """``apply(q, k, v, ring, group, scale, travels, late) -> (out, lse)``; lse has no gradient.
 
-    ``travels``: what backward hands around.
+    ``travels``: what backward hands around. With ``late``, which is known already, forward only
+    computes and sends what the tokens before need.
     """
 
     @staticmethod
@@ -131,9 +133,14 @@ class RingAttention(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         scale: float,
         travels: Travels,
+        late: Late | None,
     ) -> tuple[Tensor, Tensor]:
+        rank, early = _rank(group), ring if late is None else replace(ring, stop=late.stop)
+        count = tokens(early, rank)
         kernel, wide = kernel_for(q, v), accumulation_dtype(q.dtype)
-        out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=wide)
+        # Heads inside tokens, as models go on with it: else a transposed copy would be kept, too.
+        size = (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        out = q.new_zeros(size, dtype=wide).transpose(1, 2)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
 
         def compute(block: Block, held: list[Tensor], _: list[Tensor]) -> None:
@@ -143,7 +150,10 @@ class RingAttention(torch.autograd.Function):
             part = run.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
             merge_(out[:, :, rows], lse[:, :, rows], *part)
 
-        _play(rounds(ring, _rank(group)), group, _Flat(ring, (k, v)), None, compute)
+        payload = _Flat(early, (k[:, :, :count], v[:, :, :count]))
+        _play(rounds(early, rank), group, payload, None, compute)
+        if late is not None:
+            out[:, :, count:], lse[:, :, count:] = late.out, late.lse
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.ring, ctx.group, ctx.scale, ctx.travels = ring, group, scale, travels
@@ -193,7 +203,7 @@ class RingAttention(torch.autograd.Function):
 
             payload = _Flat(ring, (lse, delta, q, dout))
             (dq,) = _play(turns, group, payload, _Flat(ring, (dq,)), compute_q)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:
@@ -227,11 +237,15 @@ def turn(
     group: dist.ProcessGroup | None,
     scale: float,
     travels: Travels | Literal["auto"],
+    kept: Kept | None,
 ) -> Tensor:
     """Attention by this ring's schedule; a ring of one rank needs no group."""
     way = cheapest(ring) if travels == "auto" else travels
+    late = None if kept is None else kept.recalled()
     out: Tensor
-    out, _ = RingAttention.apply(q, k, v, ring, group, scale, way)
+    out, lse = RingAttention.apply(q, k, v, ring, group, scale, way, late)
+    if kept is not None and late is None:
+        kept.keep(out, lse, ring, _rank(group))
     return out
 
 

@@ -7,7 +7,6 @@ honoured exactly is refused, never ignored.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,9 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from longspan.attention.attend import attend, global_length
+from longspan.attention.kept import Kept
 from longspan.comm.mesh import flat_group
 from longspan.errors import ModelError
 from longspan.layout import Order, positions
+from longspan.models.loss import ModelLoss
 from longspan.models.windows import layer_windows
 
 __all__ = ["check_model", "patch"]
@@ -41,15 +42,21 @@ _LAYERS = ("full_attention", "sliding_attention")
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
-@dataclass
 class _Sharding:
-    """What a forward pass tells its attention layers, and the windows they attended in."""
+    """What a forward pass tells its attention layers, and the windows they attended in.
 
-    mesh: DeviceMesh
-    order: Order
-    inside: Literal["ring", "heads"]
-    documents: tuple[int, ...]
-    windows: list[int | None] = field(default_factory=list)
+    No dataclass: FSDP2 copies those when it casts a module's inputs, and windows would be lost.
+    """
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        order: Order,
+        inside: Literal["ring", "heads"],
+        documents: tuple[int, ...],
+    ) -> None:
+        self.mesh, self.order, self.inside, self.documents = mesh, order, inside, documents
+        self.windows: list[int | None] = []
 
 
 def patch(
@@ -65,9 +72,13 @@ def patch(
 
     Call the model with ``input_ids (B, S_local)``, this rank's tokens in ``order``, and
     ``cu_seqlens``, the *global* document boundaries (none: one document). Position ids are set
-    from them where they aren't given. It returns the logits of the local tokens. A loss is only
-    computed from labels that are already shifted, over the global count of targets: pass
-    ``labels``, ``shift_labels`` and ``num_items_in_batch``, and add up the ranks' losses.
+    from them where they aren't given. It returns the logits of the local tokens.
+
+    With ``targets (B, S_local)``, what each local token should be followed by (-100: nothing), it
+    returns instead the *sum* of their cross-entropies as ``loss``, in float32, and never makes the
+    logits: divide by the global count of targets and add up the ranks' losses. transformers' own
+    loss needs labels that are already shifted, over that count: ``labels``, ``shift_labels`` and
+    ``num_items_in_batch``.
 
     Sliding windows are honoured layer by layer. Returns the same model. Raises ModelError, here
     or in forward, for what can't be honoured exactly: softcaps, sinks, attention dropout, masks,
@@ -81,11 +92,12 @@ def patch(
     AttentionMaskInterface.register(_NAME, _no_mask)
     model.set_attn_implementation(_NAME)
     model.config.use_cache = False
+    losses = ModelLoss(model)
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, _sharded_arguments(args, kwargs, mesh, order, inside)
+        return args, losses.asked(_sharded_arguments(args, kwargs, mesh, order, inside))
 
-    def after(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def after(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
         found, expected = kwargs[_NAME].windows, layer_windows(module.config)
         if len(found) != len(expected):
             raise ModelError(
@@ -98,6 +110,7 @@ def patch(
                     f"layer {layer} of {_name(module)} attended in a window of {window}, but its "
                     f"config says {told}: one of them is wrong"
                 )
+        return losses.given(output)
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True)
@@ -217,6 +230,7 @@ def _attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     longspan: _Sharding | None = None,
+    longspan_kept: Kept | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     if longspan is None:
@@ -243,6 +257,7 @@ def _attention(
         scale=scaling,
         window=window,
         cu_seqlens=longspan.documents,
+        kept=longspan_kept,
     )
     return out.transpose(1, 2).contiguous(), None
 

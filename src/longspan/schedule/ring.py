@@ -27,7 +27,8 @@ class Ring:
     ``kv_bytes`` its keys and values, ``grad_bytes`` their gradients, ``q_bytes`` its query with
     its output's gradient and row statistics, ``dq_bytes`` the query's gradient. ``node_ranks``:
     how many ranks, side by side, are in a node; 0: all. ``width``: how many ranks of the order
-    hold a rank's tokens together (after a head exchange among them).
+    hold a rank's tokens together (after a head exchange among them). ``stop``: only tokens before
+    this position take part; if causal, they attend as in the whole sequence.
     """
 
     length: int
@@ -42,6 +43,7 @@ class Ring:
     node_ranks: int = 0
     width: int = 1
     window: int | None = None
+    stop: int | None = None
 
     def __post_init__(self) -> None:
         ends = self.documents
@@ -57,6 +59,13 @@ class Ring:
             raise LayoutError("a window looks back: it needs causal attention")
         if self.node_ranks < 0 or self.world % self.node:
             raise LayoutError(f"{self.world} ranks are no whole nodes of {self.node_ranks}")
+        if 0 < (self.stop or 0) < self.length and not self.ascending:
+            raise LayoutError("stripes of several ranks have no first tokens to stop after")
+
+    @property
+    def ascending(self) -> bool:
+        """Whether the tokens of a rank are in ascending position."""
+        return self.width == 1 or self.order is not Order.STRIPED
 
     @property
     def node(self) -> int:
@@ -100,11 +109,13 @@ def _pieces(ring: Ring, rank: int) -> tuple[_Piece, ...]:
     found = []
     ends = ring.documents
     for run in place_runs(ring.length, rank, ring.world, ring.width, ring.order):
-        done = 0
-        while done < run.count:
+        done, total = 0, run.count
+        if ring.stop is not None:
+            total = min(total, -(-(ring.stop - run.start) // run.stride))
+        while done < total:
             start = run.start + done * run.stride
             document = bisect_right(ends, start) - 1
-            count = min(run.count - done, -(-(ends[document + 1] - start) // run.stride))
+            count = min(total - done, -(-(ends[document + 1] - start) // run.stride))
             found.append(_Piece(document, Run(run.local + done, start, count, run.stride)))
             done += count
     return tuple(found)
@@ -185,11 +196,10 @@ def blocks(ring: Ring, q_rank: int, kv_rank: int) -> tuple[Block, ...]:
     """The blocks that the queries of one rank see of the keys of another; none if they see none."""
     found: list[Block] = []
     theirs = _by_document(ring, kv_rank)
-    ascending = ring.width == 1 or ring.order is not Order.STRIPED
     for document, own in _by_document(ring, q_rank).items():
         size = ring.documents[document + 1] - ring.documents[document]
         window = ring.window if ring.window and ring.window < size else None
-        if q_rank == kv_rank and window is None and ascending:
+        if q_rank == kv_rank and window is None and ring.ascending:
             # A rank's own part of a document is one triangle or square.
             start, stop = own[0].local, own[-1].local + own[-1].count
             found.append(Block(start, stop, start, stop, ring.causal))
@@ -201,5 +211,5 @@ def blocks(ring: Ring, q_rank: int, kv_rank: int) -> tuple[Block, ...]:
 
 
 def tokens(ring: Ring, rank: int) -> int:
-    """How many tokens a rank holds."""
+    """How many tokens of a rank take part: its first ones."""
     return sum(piece.run.count for piece in _pieces(ring, rank))

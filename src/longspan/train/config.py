@@ -7,6 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from longspan.cluster.memory import Checkpointing
 from longspan.errors import ConfigError
 
 __all__ = [
@@ -88,6 +89,14 @@ class Train(_Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="What is computed in; weights and sums are kept in float32."
     )
+    checkpointing: Checkpointing = Field(
+        "none",
+        description="Activations computed again in backward instead of kept: none, a layer's all "
+        "(full), or all but attention's output for the attention_kept share (selective).",
+    )
+    attention_kept: float = Field(
+        0.5, ge=0, le=1, description="Of a sequence's tokens, the last ones, if selective."
+    )
     seed: int = Field(0, ge=0, description="Of weights, shuffling and dropout.")
     validate_every: int = Field(50, ge=1, description="Steps between validations.")
     validation_sequences: int = Field(8, ge=1, description="Sequences in a validation.")
@@ -123,7 +132,15 @@ class Config(_Section):
 
 
 # What may change when a run is continued; all else would make it another run.
-_FREE = {"runs", "train.steps", "train.validate_every", "train.timeout_s", "data.cache"}
+_FREE = {
+    "data.cache",
+    "runs",
+    "train.attention_kept",
+    "train.checkpointing",
+    "train.steps",
+    "train.timeout_s",
+    "train.validate_every",
+}
 _FREE_SECTIONS = {"checkpoint", "checks"}
 
 

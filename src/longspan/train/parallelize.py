@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from longspan.comm.rings import use_rings
 from longspan.errors import ConfigError
+from longspan.models.checkpointing import checkpoint_layers
 from longspan.models.transformers import patch
 from longspan.train.config import Config
 
@@ -64,10 +65,17 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str) -> 
 def parallelize(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> PreTrainedModel:
     """Patch the attention onto the mesh's ``sp`` and shard the parameters over all ranks (FSDP2).
 
+    Layers are recomputed in backward if the config says so.
+
     Gradients are *summed* over ranks: the loss is divided by the global count of tokens, so they
     are right as they are.
     """
     patch(model, mesh=mesh["sp"], order=config.parallel.order)
+    match config.train.checkpointing:
+        case "full":
+            checkpoint_layers(model)
+        case "selective":
+            checkpoint_layers(model, attention_kept=config.train.attention_kept)
     everyone = init_device_mesh(mesh.device_type, (dist.get_world_size(),))
     precision: dict[str, Any] = {}
     if config.train.dtype == "bfloat16":

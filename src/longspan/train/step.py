@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -35,8 +34,12 @@ class StepRunner:
         own = positions(length, self.sp.rank(), self.sp.size(), self.order)
         tokens = torch.from_numpy(sequence.tokens)[own].to(self.device)
         targets = torch.from_numpy(sequence.targets)[own].to(self.device)
-        output = self.model(input_ids=tokens[None], cu_seqlens=sequence.cu_seqlens.tolist())
-        return F.cross_entropy(output.logits[0].float(), targets, reduction="sum")
+        loss: Tensor = self.model(
+            input_ids=tokens[None],
+            targets=targets[None],
+            cu_seqlens=sequence.cu_seqlens.tolist(),
+        ).loss
+        return loss
 
     def gradients(self, batch: StepBatch) -> Tensor:
         """Add the batch's gradients to the parameters; returns this rank's part of the loss."""
