@@ -1,13 +1,14 @@
 """How much memory a transformer's training takes on one device, in bytes.
 
 Counted are the tensors that autograd keeps for a Llama of the transformers library (RMSNorm,
-rotary embedding, gated MLP, full logits) whose attention keeps its output and log-sum-exp instead
-of the scores. The peak of real steps on CPU was within 6 % of the sum with the environment's
+rotary embedding, gated MLP) whose attention keeps its output and log-sum-exp instead of the scores
+and whose loss makes the logits of some tokens at a time. The peak of real steps on CPU was within 6 % of the sum with the environment's
 MALLOC_MMAP_THRESHOLD_=262144; without it glibc keeps much of what is freed, measured 1.1 to 2
 times the sum. Sources: Korthikanti et al., arXiv 2205.05198, section 4, for what
 each layer keeps; Zhao et al., arXiv 2304.11277, for what sharding leaves on a device.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,6 +75,7 @@ def memory(
     shards: int = 1,
     checkpointing: Checkpointing = "none",
     attention_kept: float = 1.0,
+    loss_tokens: int = 1024,
     param_bytes: int = 4,
     optimizer_bytes: int = 8,
 ) -> Memory:
@@ -85,8 +87,8 @@ def memory(
     throughout, as they are there from the second micro-batch on.
 
     ``checkpointing`` "none" keeps all activations; "full" a layer's input only; "selective" also
-    attention's output and log-sum-exp, for the ``attention_kept`` share of the tokens. Raises
-    ConfigError if a number can't be.
+    attention's output and log-sum-exp, for the ``attention_kept`` share of the tokens. The loss
+    makes the logits of ``loss_tokens`` at a time. Raises ConfigError if a number can't be.
     """
     if tokens < 0 or shards < 1 or not 0 <= attention_kept <= 1:
         raise ConfigError(
@@ -116,17 +118,18 @@ def memory(
         case "selective":
             a_layer, again = size * width + attention_kept * kept, whole_layer
     # Cross entropy is done in fp32: three times the logits, as log-softmax, themselves and their
-    # gradient. A layer's recomputation and the gradients in its MLP come after these are gone.
-    logits = 12 * model.vocab
+    # gradient, beside the head's gradient, which is then scaled into a copy. A layer's
+    # recomputation and the gradients in its MLP come after these are gone.
+    logits, head = 12 * model.vocab * min(tokens, loss_tokens), 4 * model.vocab * width
     held = model.layers * a_layer + norm
-    working = max(logits, again + 3 * size * wide)
+    working = max(head + max(logits, head), tokens * (again + 3 * size * wide))
     return Memory(
         parameters=params * param_bytes,
         gradients=params * param_bytes,
         optimizer=params * optimizer_bytes,
         gathered=gathered,
         activations=int(tokens * held),
-        working=int(tokens * working),
+        working=working,
     )
 
 
@@ -137,6 +140,7 @@ def longest(
     shards: int = 1,
     checkpointing: Checkpointing = "none",
     attention_kept: float = 1.0,
+    loss_tokens: int = 1024,
     param_bytes: int = 4,
     optimizer_bytes: int = 8,
 ) -> int:
@@ -149,11 +153,9 @@ def longest(
             shards=shards,
             checkpointing=checkpointing,
             attention_kept=attention_kept,
+            loss_tokens=loss_tokens,
             param_bytes=param_bytes,
             optimizer_bytes=optimizer_bytes,
         ).total
 
-    fixed, many = total(0), 1 << 30
-    if fixed >= memory_bytes:
-        return 0
-    return (memory_bytes - fixed) * many // (total(many) - fixed)
+    return max(0, bisect_right(range(1 << 40), memory_bytes, key=total) - 1)

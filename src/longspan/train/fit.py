@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from longspan.cluster.memory import Transformer, longest, memory
 from longspan.errors import MemoryLimitError
+from longspan.models.loss import CHUNK_TOKENS
 from longspan.train.config import Config
 
 __all__ = ["check_memory", "device_memory_bytes"]
@@ -41,11 +43,20 @@ def check_memory(
     """Raise MemoryLimitError if a sequence of ``tokens`` can't be trained on ``world`` ranks."""
     sp = config.parallel.sp or world
     sizes = _sizes(config, model)
-    needed = memory(sizes, -(-tokens // sp), shards=world).total
+    how: dict[str, Any] = {
+        "shards": world,
+        "checkpointing": config.train.checkpointing,
+        "attention_kept": config.train.attention_kept,
+        "loss_tokens": CHUNK_TOKENS,
+    }
+    own = -(-tokens // sp)
+    needed = memory(sizes, own, **how).total
     if needed <= device_bytes:
         return
-    fits = longest(sizes, device_bytes, shards=world) * sp
+    fits = longest(sizes, device_bytes, **how) * sp
     mend = f"lower data.max_length to {fits}" if fits > 0 else "take a smaller model"
+    if memory(sizes, own, **how | {"checkpointing": "full"}).total <= device_bytes:
+        mend = f"set train.checkpointing to full, {mend}"
     raise MemoryLimitError(
         f"a sequence of {tokens} tokens needs about {needed / 2**30:.1f} GiB on each of its {sp} "
         f"ranks, which have {device_bytes / 2**30:.1f} GiB: {mend}, or use more ranks"
