@@ -22,8 +22,8 @@ from rich.table import Table
 
 from benchmarks.record import conclude
 
-BANDWIDTHS = (100, 300, 1000)
-LENGTHS = (2048, 8192, 32768)
+BANDWIDTHS = (100, 1000)
+LENGTHS = (2048, 8192, 16384)
 HEADS, DIM = 8, 32
 GROUPS = (1, 4)
 PEERS = ("deepspeed-ulysses", "kv-ring")

@@ -15,7 +15,9 @@ from longspan.attention.kernels import (
     CpuFlash,
     CudaEfficient,
     CudaFlash,
+    Flipped,
     Kernel,
+    Padded,
     Reference,
     kernel_for,
 )
@@ -36,6 +38,7 @@ class Case:
 
     documents: tuple[int, ...]
     causal: bool
+    window: int | None
     order: Order
     q_heads: int
     kv_heads: int
@@ -49,24 +52,21 @@ class Case:
 
 
 cases = st.builds(
-    lambda lengths, causal, order, kv, group, batch, dtype, told, scale, seed, travels, inside: (
-        Case(
-            tuple(sum(lengths[:i]) for i in range(len(lengths) + 1)),
-            causal,
-            order,
-            kv * group,
-            kv,
-            batch,
-            dtype,
-            told or len(lengths) != 1,
-            scale,
-            seed,
-            travels,
-            inside,
-        )
+    lambda lengths, causal, window, order, kv, group, batch, dtype, told, *others: Case(
+        tuple(sum(lengths[:i]) for i in range(len(lengths) + 1)),
+        causal,
+        window if causal else None,
+        order,
+        kv * group,
+        kv,
+        batch,
+        dtype,
+        told or len(lengths) != 1,
+        *others,
     ),
     st.lists(st.one_of(st.integers(0, 3), st.integers(4, 40)), min_size=1, max_size=6),
     st.booleans(),
+    st.one_of(st.none(), st.integers(1, 50)),
     st.sampled_from(list(Order)),
     st.sampled_from([1, 2]),
     st.sampled_from([1, 2, 4]),
@@ -94,7 +94,7 @@ def worst_difference(mesh: DeviceMesh, case: Case) -> float:
     """Of out, dq, dk and dv on this rank, from dense attention in float64."""
     *inputs, dout = tensors(case)
     whole = [x.requires_grad_() for x in inputs]
-    expected, _ = dense_attention(*whole, case.documents, case.causal, case.scale)
+    expected, _ = dense_attention(*whole, case.documents, case.causal, case.scale, case.window)
     expected.backward(dout)
 
     own = longspan.positions(case.documents[-1], flat_group(mesh).rank(), mesh.size(), case.order)
@@ -103,6 +103,7 @@ def worst_difference(mesh: DeviceMesh, case: Case) -> float:
         *(q, k, v),
         mesh=mesh,
         causal=case.causal,
+        window=case.window,
         order=case.order,
         scale=case.scale,
         cu_seqlens=case.documents if case.told else None,
@@ -144,13 +145,15 @@ def counted_bytes(mesh: DeviceMesh, case: Case) -> tuple[tuple[int, int], tuple[
     own = longspan.positions(case.documents[-1], rank, mesh.size(), case.order)
     *inputs, dout = (x[:, :, own].to(case.dtype) for x in tensors(case))
     q, k, v = (x.requires_grad_() for x in inputs)
-    told = {"causal": case.causal, "order": case.order, "cu_seqlens": case.documents}
+    told = {"causal": case.causal, "window": case.window, "order": case.order}
     told["travels"] = case.travels
     with CountBytes() as forward:
-        out = longspan.attend(q, k, v, mesh=mesh, **told)
+        out = longspan.attend(q, k, v, mesh=mesh, cu_seqlens=case.documents, **told)
     with CountBytes() as backward:
         out.backward(dout)
-    ring = ring_of(q, k, v, mesh.size(), case.order, case.causal, case.documents)
+    ring = ring_of(
+        *(q, k, v, mesh.size(), case.order, case.causal, case.documents), window=case.window
+    )
     way = cheapest(ring) if case.travels == "auto" else case.travels
     assert not forward.given and not backward.given
     return tuple(
@@ -168,7 +171,7 @@ def test_bytes_are_what_the_schedule_says(ranks: Ranks, case: Case, world: int) 
 
 
 def half_precision(mesh: DeviceMesh) -> float:
-    case = Case((0, 40, 100), True, Order.ZIGZAG, 4, 2, 1, torch.bfloat16, True, 0.3, 1)
+    case = Case((0, 40, 100), True, None, Order.ZIGZAG, 4, 2, 1, torch.bfloat16, True, 0.3, 1)
     return worst_difference(mesh, case)
 
 
@@ -204,6 +207,8 @@ def refusals(mesh: DeviceMesh) -> list[str]:
         lambda: longspan.attend(torch.cat([x, x[:, :1]], 1), x, x, mesh=mesh),
         lambda: longspan.attend(x.long(), x.long(), x.long(), mesh=mesh),
         lambda: longspan.attend(x, x, x, mesh=cube),
+        lambda: longspan.attend(x, x, x, mesh=mesh, window=0),
+        lambda: longspan.attend(x, x, x, mesh=mesh, window=3, causal=False),
     ]
     messages = []
     for call in calls:
@@ -216,7 +221,8 @@ def refusals(mesh: DeviceMesh) -> list[str]:
 def test_what_is_refused(ranks: Ranks) -> None:
     for messages in ranks.run(refusals):
         expected = ("unknown order", "the ranks hold [5, 7, 9, 11]", "cut it with", "fit together",
-                    "3 query heads", "floating dtype", "dp, inter, intra: pass")  # fmt: skip
+                    "3 query heads", "floating dtype", "dp, inter, intra: pass",
+                    "window of 0", "causal")  # fmt: skip
         assert len(messages) == len(expected)
         for message, part in zip(messages, expected, strict=True):
             assert part in message and "\n" not in message
@@ -253,7 +259,7 @@ def test_cpu_flash_is_the_reference(dtype: torch.dtype, tolerance: float) -> Non
 
 
 def test_reference_is_dense_attention() -> None:
-    case = Case((0, 30), True, Order.CONTIGUOUS, 4, 2, 2, torch.float64, True, 0.3, 5)
+    case = Case((0, 30), True, None, Order.CONTIGUOUS, 4, 2, 2, torch.float64, True, 0.3, 5)
     *inputs, dout = tensors(case)
     q, k, v = (x.requires_grad_() for x in inputs)
     expected, expected_lse = dense_attention(q, k, v, (0, 30), True, 0.3)
@@ -265,6 +271,32 @@ def test_reference_is_dense_attention() -> None:
     assert torch.allclose(lse, expected_lse, atol=1e-13)
     for found, x in zip(grads, (q, k, v), strict=True):
         assert torch.allclose(found, x.grad, atol=1e-12)
+
+
+@pytest.mark.parametrize("dims", [(24, 16), (8, 20)])
+def test_padded_is_the_reference(dims: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    wide = {"dtype": torch.float64, "generator": generator}
+    q, k = torch.randn(1, 4, 9, dims[0], **wide), torch.randn(1, 2, 9, dims[0], **wide)
+    v, dout = torch.randn(1, 2, 9, dims[1], **wide), torch.randn(1, 4, 9, dims[1], **wide)
+    out, lse = Padded(CpuFlash()).forward(q, k, v, causal=True, scale=0.3)
+    expected = Reference().forward(q, k, v, causal=True, scale=0.3)
+    found = (
+        out,
+        lse,
+        *Padded(CpuFlash()).backward(dout, q, k, v, out, lse, causal=True, scale=0.3),
+    )
+    expected += Reference().backward(dout, q, k, v, *expected, causal=True, scale=0.3)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-12) and a.shape == b.shape
+
+
+def test_flipped_sees_the_upper_triangle() -> None:
+    q, k, v = torch.randn(3, 1, 2, 9, 8, dtype=torch.float64)
+    out, lse = Flipped(CpuFlash()).forward(q, k, v, causal=True, scale=0.3)
+    scores = (q @ k.mT * 0.3).masked_fill(torch.ones(9, 9).tril(-1).bool(), -torch.inf)
+    assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-13)
+    assert torch.allclose(out, scores.softmax(-1) @ v, atol=1e-13)
 
 
 def test_reference_attends_to_nothing() -> None:
@@ -290,7 +322,8 @@ def test_merge_joins_disjoint_keys() -> None:
 def test_kernel_choice() -> None:
     q = torch.randn(1, 2, 3, 8)
     assert isinstance(kernel_for(q, q), CpuFlash)
-    assert isinstance(kernel_for(q, q[..., :4]), Reference)
+    assert isinstance(kernel_for(q, q[..., :4]), Padded)
+    assert isinstance(kernel_for(q.to("meta"), q.to("meta")), Reference)
 
 
 @pytest.mark.gpu

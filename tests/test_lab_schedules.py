@@ -30,7 +30,8 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("sp",))
 q, k, v = (torch.randn(1, {HEADS}, {TOKENS} // 4, {DIM}, requires_grad=True) for _ in range(3))
-longspan.attend(q, k, v, mesh=mesh, cu_seqlens=[0, {TOKENS}]).sum().backward()
+out = longspan.attend(q, k, v, mesh=mesh, cu_seqlens=[0, {TOKENS}], travels="kv")
+out.sum().backward()
 os._exit(0)
 """
 

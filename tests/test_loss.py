@@ -141,7 +141,9 @@ def of_logits(mesh: DeviceMesh, family: str) -> float:
             loss = F.cross_entropy(logits.float(), targets[own], reduction="sum")
         (loss / len(tokens)).backward()
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    return max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(*results))
+    return max(
+        (a - b).abs().max().item() / b.abs().max().item() for a, b in zip(*results, strict=True)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -282,5 +284,3 @@ def test_conversions_before_the_loss() -> None:
     logits = F.linear(LazyLogits(hidden), weight).contiguous().float()  # type: ignore[arg-type]
     expected = F.cross_entropy(hidden @ weight.T * 0.5, targets, reduction="sum")
     torch.testing.assert_close((0.5 * logits).loss(targets), expected)
-
-

@@ -4,6 +4,7 @@ import copy
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,8 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import longspan
 from longspan.comm.mesh import flat_group
+from longspan.data.packing import PackedSequence
 from longspan.errors import LeakError, ModelError
+from longspan.layout import Order
 from longspan.models.transformers import check_model
+from longspan.train.figures import ring_figures
 
 SMALL = {
     "vocab_size": 101,
@@ -31,13 +35,32 @@ SMALL = {
     "pad_token_id": None,
 }
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+WINDOW = 8  # shorter than the longest document, longer than the shortest
+MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": SMALL,
+    "qwen2": SMALL | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     "qwen3": SMALL,
+    "mistral": SMALL | {"sliding_window": WINDOW},
+    "gemma3_text": SMALL | MIXED | {"final_logit_softcapping": 30.0},
+    "phi3": SMALL | {"sliding_window": WINDOW},
+    "olmo2": SMALL,
     "gpt2": {
         "vocab_size": 101, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128,
         "bos_token_id": None, "eos_token_id": None,
     } | NO_DROPOUT,
+    "gpt_neox": SMALL,
+    "granite": SMALL | {"attention_multiplier": 0.2, "residual_multiplier": 0.7},
+    "cohere2": SMALL | MIXED,
+    "qwen3_moe": SMALL | EXPERTS | {"num_experts": 32, "hidden_size": 256},
+    "mixtral": SMALL | EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW},
+    "deepseek_v3": SMALL | EXPERTS | {
+        "head_dim": 8, "num_key_value_heads": 4,
+        "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
+        "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
+    },
 }  # fmt: skip
 DOCUMENTS = [0, 13, 14, 14, 50, 61]
 
@@ -87,8 +110,18 @@ def difference(
     return max((a - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("order", ["contiguous", "zigzag", "striped"])
-@pytest.mark.parametrize("family", FAMILIES)
+def cases() -> list[tuple[str, str]]:
+    """Every family in one order; in all orders what differs by more than its layers."""
+    orders = ["contiguous", "zigzag", "striped"]
+    every = {"llama", "gpt2", "mistral", "gemma3_text"}
+    return [
+        (family, order)
+        for number, family in enumerate(FAMILIES)
+        for order in (orders if family in every else [orders[number % 3]])
+    ]
+
+
+@pytest.mark.parametrize(("family", "order"), cases())
 def test_loss_and_gradients_are_one_process(ranks: Ranks, family: str, order: str) -> None:
     assert max(ranks.run(difference, family, order, False)) < 1e-5
 
@@ -162,6 +195,38 @@ def test_the_probe_finds_a_view_of_the_future(ranks: Ranks) -> None:
     assert all("leaks" in message for message in ranks.run(without_causality, world=2))
 
 
+def beyond_its_window(mesh: DeviceMesh) -> tuple[str, str]:
+    """A model that looks further back than its config says: by the check, and by the probe."""
+    model = longspan.patch(make("mistral"), mesh=mesh)
+    model.model.layers[1].self_attn.config = copy.copy(model.config)
+    model.model.layers[1].self_attn.config.sliding_window = 2 * WINDOW
+    with pytest.raises(ModelError) as noticed:
+        model(input_ids=batch()[0][:10][None], cu_seqlens=[0, 10 * mesh.size()])
+    model = longspan.patch(make("mistral", sliding_window=3 * WINDOW), mesh=mesh)
+    config = copy.copy(model.config)
+    config.sliding_window = WINDOW
+    with pytest.raises(LeakError) as caught:
+        longspan.leak_probe(Saying(model, config), mesh=mesh)  # type: ignore[arg-type]
+    return str(noticed.value), str(caught.value)
+
+
+class Saying(nn.Module):
+    """A model with another config."""
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.model(**kwargs)
+
+
+def test_windows_other_than_the_configs_are_noticed(ranks: Ranks) -> None:
+    for noticed, caught in ranks.run(beyond_its_window, world=2):
+        assert "layer 1 of MistralForCausalLM attended in a window of 16" in noticed
+        assert "leaks" in caught
+
+
 class Deaf(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
@@ -176,6 +241,24 @@ def deaf(mesh: DeviceMesh) -> str:
     return str(caught.value)
 
 
+def test_ring_figures_know_each_layers_window() -> None:
+    tokens = np.zeros(256, np.int64)
+    batch = [PackedSequence(tokens, tokens, np.array([0, 200, 256]))]
+
+    def ring_bytes(*kinds: str) -> float:
+        changes = {"layer_types": list(kinds), "num_hidden_layers": len(kinds)}
+        config = AutoConfig.for_model("gemma3_text", **FAMILIES["gemma3_text"] | changes)
+        figures = ring_figures(batch, config, torch.float32, 4, Order.CONTIGUOUS)
+        return figures["ring_bytes"]
+
+    full, near = ring_bytes("full_attention"), ring_bytes("sliding_attention")
+    # Three neighbours: keys in forward, keys and their gradients in backward. A rank has 64 tokens,
+    # and a token 64 numbers of 4 bytes.
+    assert near == 3 * 3 * 64 * 64 * 4
+    assert full > near
+    assert ring_bytes("sliding_attention", "full_attention", "full_attention") == near + 2 * full
+
+
 def test_the_probe_wants_to_see_something_change(ranks: Ranks) -> None:
     assert all("no output at all" in message for message in ranks.run(deaf, world=2))
 
@@ -183,13 +266,28 @@ def test_the_probe_wants_to_see_something_change(ranks: Ranks) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("mistral", {"sliding_window": 32}, "sliding window of 32"),
-        ("gemma2", {}, "sliding_attention"),
         ("gpt2", {"attn_pdrop": 0.1}, "attn_pdrop: 0.0"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout: 0.0"),
-        ("gemma2", {"layer_types": ["full_attention"] * 2, "sliding_window": None}, "softcap"),
+        ("gemma2", {}, "softcap"),
         ("gpt2", {"add_cross_attention": True}, "cross attention"),
         ("mamba", {}, "linear_attention"),
+        ("gpt_oss", {"num_local_experts": 2}, "attention sinks"),
+        ("mixtral", {"num_local_experts": 2, "output_router_logits": True}, "output_router_logits"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rotary embedding .dynamic.",
+        ),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+            "rotary embedding .dynamic.",
+        ),
     ],
 )
 def test_what_is_refused_at_once(family: str, changes: dict[str, Any], words: str) -> None:
@@ -206,6 +304,7 @@ def refusals(mesh: DeviceMesh) -> None:
     calls: list[tuple[dict[str, Any], str]] = [
         ({"attention_mask": torch.ones_like(tokens)}, "cu_seqlens"),
         ({"use_cache": True}, "use_cache=False"),
+        ({"output_router_logits": True}, "output_router_logits=False"),
         ({"labels": tokens}, "shift_labels and num_items_in_batch"),
         ({"labels": tokens, "shift_labels": tokens}, "num_items_in_batch"),
     ]

@@ -1,5 +1,7 @@
 """The ring's schedule, against masks written out and formulas."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +14,7 @@ from longspan.schedule.ring import Block, Ring
 from longspan.schedule.rounds import Travels, cheapest, comms, rounds
 
 rings = st.builds(
-    lambda cuts, length, world, node, order, causal: Ring(
+    lambda cuts, length, world, node, order, causal, window: Ring(
         length,
         world,
         order,
@@ -23,6 +25,7 @@ rings = st.builds(
         q_bytes=7,
         dq_bytes=4,
         node_ranks=node if world % node == 0 else 0,
+        window=window if causal else None,
     ),
     st.lists(st.integers(0, 60), max_size=5),
     st.integers(0, 60),
@@ -30,6 +33,7 @@ rings = st.builds(
     st.integers(1, 4),
     st.sampled_from(list(Order)),
     st.booleans(),
+    st.one_of(st.none(), st.integers(1, 60)),
 )
 
 
@@ -38,7 +42,9 @@ def visible(ring: Ring) -> np.ndarray:
     where = np.arange(ring.length)
     document = np.searchsorted(ring.documents[1:], where, side="right")
     seen = document[:, None] == document[None]
-    return seen & (where[:, None] >= where[None]) if ring.causal else seen
+    back = where[:, None] - where[None]
+    reach = ring.length if ring.window is None else ring.window
+    return seen & (back >= 0) & (back < reach) if ring.causal else seen
 
 
 def covered(ring: Ring, q_rank: int, kv_rank: int, blocks: tuple[Block, ...]) -> np.ndarray:
@@ -50,6 +56,8 @@ def covered(ring: Ring, q_rank: int, kv_rank: int, blocks: tuple[Block, ...]) ->
         rows, columns = block.q_stop - block.q_start, block.kv_stop - block.kv_start
         assert rows and columns and (rows == columns or not block.causal)
         mask = np.tri(rows, dtype=int) if block.causal else np.ones((rows, columns), int)
+        assert block.causal or not block.flipped
+        mask = np.flip(mask) if block.flipped else mask
         q, kv = queries[block.q_start : block.q_stop], keys[block.kv_start : block.kv_stop]
         seen[np.ix_(q, kv)] += mask
         assert block.pairs == mask.sum()
@@ -185,7 +193,28 @@ def test_short_documents_send_next_to_nothing() -> None:
     assert all(not comms(ring, rank, backward=True) for rank in range(4))
 
 
+def test_a_window_in_contiguous_order_reaches_few_ranks() -> None:
+    full = Ring(8192, 8, Order.CONTIGUOUS, True, (0, 8192), 1, 1)
+    near = replace(full, window=1024)
+
+    def total(ring: Ring) -> tuple[int, int, int]:
+        turns = [turn for rank in range(8) for turn in rounds(ring, rank)]
+        found = [block for turn in turns for block in turn.blocks]
+        sent = [t for rank in range(8) for t in comms(ring, rank, backward=True)]
+        return sum(b.pairs for b in found), len(found), sum(op.sizes[0] for op in sent)
+
+    pairs, count, sent = total(near)
+    assert pairs == 1024 * 8192 - 1024 * 1023 // 2
+    assert pairs < total(full)[0] / 3
+    assert count == 8 + 7  # a triangle for each rank, and one for its neighbour
+    assert sent == 7 * 1024 * 2  # keys go one hop, and their gradients one hop home
+
+
 def test_what_is_refused() -> None:
+    with pytest.raises(LayoutError, match="window of 0"):
+        Ring(8, 2, Order.ZIGZAG, True, (0, 8), 1, 1, window=0)
+    with pytest.raises(LayoutError, match="causal"):
+        Ring(8, 2, Order.ZIGZAG, False, (0, 8), 1, 1, window=4)
     for documents in ((), (1, 8), (0, 7)):
         with pytest.raises(LayoutError, match="start at 0 and end at"):
             Ring(8, 2, Order.ZIGZAG, True, documents, 1, 1)

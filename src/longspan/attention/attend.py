@@ -28,6 +28,7 @@ def attend(
     causal: bool = True,
     order: Order | str = Order.ZIGZAG,
     scale: float | None = None,
+    window: int | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     inside: Literal["ring", "heads"] = "ring",
     travels: Travels | Literal["auto"] = "auto",
@@ -37,10 +38,11 @@ def attend(
 
     q ``(B, Hq, S_local, D)``, k and v ``(B, Hkv, S_local, D)``, Hq a multiple of Hkv; S_local is
     this rank's share of any global length in ``order`` (``longspan.positions``). Returns
-    ``(B, Hq, S_local, D)`` in q's dtype. ``scale`` defaults to 1/√D. ``cu_seqlens``: where packed
-    documents start in the *global* sequence and where the last ends, the same on every rank and
-    in every row of the batch; on the CPU, so that nothing waits for a device. Without it the
-    sequence is one document, and the ranks tell each other their lengths.
+    ``(B, Hq, S_local, D)`` in q's dtype. ``scale`` defaults to 1/√D. With a ``window``
+    each token sees itself and the window-1 tokens before it, as transformers' ``sliding_window``.
+    ``cu_seqlens``: where packed documents start in the *global* sequence and where the last ends,
+    the same on every rank and in every row of the batch; on the CPU, so that nothing waits for a
+    device. Without it the sequence is one document, and the ranks tell each other their lengths.
 
     A mesh has one axis, or two: between nodes and inside them. ``inside`` says what the ranks of
     the last axis do: turn a ring (with two axes the double ring), or exchange tokens for heads
@@ -48,7 +50,7 @@ def attend(
     around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes. ``kept`` remembers a part of
     the result for when the same call is made again to recompute activations.
 
-    Raises LayoutError for tensors, mesh, order and documents that don't fit together.
+    Raises LayoutError for tensors, mesh, order, window and documents that don't fit together.
     """
     group = flat_group(mesh)
     order = Order.of(order)
@@ -67,8 +69,12 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     ranks_inside = mesh.size(mesh.ndim - 1)
     if inside == "heads":
-        return exchange_heads(q, k, v, mesh, causal, order, scale, documents, travels, kept)
-    ring = ring_of(q, k, v, group.size(), order, causal, documents, node_ranks=ranks_inside)
+        return exchange_heads(q, k, v, mesh, causal, window, order, scale, documents, travels, kept)
+    ring = ring_of(
+        *(q, k, v, group.size(), order, causal, documents),
+        window=window,
+        node_ranks=ranks_inside,
+    )
     return turn(q, k, v, ring, group, scale, travels, kept)
 
 

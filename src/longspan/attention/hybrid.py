@@ -27,6 +27,7 @@ def exchange_heads(
     v: Tensor,
     mesh: DeviceMesh,
     causal: bool,
+    window: int | None,
     order: Order,
     scale: float,
     documents: tuple[int, ...],
@@ -56,9 +57,10 @@ def exchange_heads(
     if order is not Order.STRIPED and width > 1:
         ascending = torch.cat(dealt).argsort().to(q.device)
         q_here, k_here, v_here = (x.index_select(2, ascending) for x in (q_here, k_here, v_here))
-    sizes = ring_of(q_here, k_here, v_here, places, order, causal, documents, width=width)
+    here = (q_here, k_here, v_here)
+    ring = ring_of(*here, places, order, causal, documents, window=window, width=width)
     outer = mesh.get_group(0) if places > 1 else None
-    out = turn(q_here, k_here, v_here, sizes, outer, scale, travels, kept)
+    out = turn(*here, ring, outer, scale, travels, kept)
     if ascending is not None:
         out = out.index_select(2, ascending.argsort())
     return to_tokens(out, counts, q_shares, q.shape[1], inner)

@@ -3,7 +3,8 @@
 Shapes: q ``(B, Hq, Sq, D)``, k ``(B, Hkv, Skv, D)``, v ``(B, Hkv, Skv, Dv)``; Hq is a multiple of
 Hkv (grouped queries). A kernel returns ``out (B, Hq, Sq, Dv)`` in q's dtype and
 ``lse (B, Hq, Sq)``, the natural logarithm of the softmax denominator, in the accumulation dtype;
--inf where nothing is attended. A causal block is square.
+-inf where nothing is attended. A causal block is square; an upper triangle is one read from its
+end (``Flipped``).
 
 Backward takes the *global* out and lse of a query, over all the keys it sees on all ranks, so
 that each block's gradients simply add up.
@@ -14,7 +15,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CpuFlash", "CudaEfficient", "CudaFlash", "Kernel", "Reference", "kernel_for"]
+__all__ = [
+    "CpuFlash",
+    "CudaEfficient",
+    "CudaFlash",
+    "Flipped",
+    "Kernel",
+    "Padded",
+    "Reference",
+    "kernel_for",
+]
 
 aten = torch.ops.aten
 
@@ -44,15 +54,16 @@ class Kernel(Protocol):
 
 def kernel_for(q: Tensor, v: Tensor) -> Kernel:
     """The fastest kernel that is exact for these tensors' device, dtype and head dims."""
-    if q.shape[-1] != v.shape[-1]:
-        return Reference()
+    kernel: Kernel
     if q.device.type == "cpu":
-        return CpuFlash()
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
-        return CudaFlash()
-    if q.device.type == "cuda" and q.dtype == torch.float32:
-        return CudaEfficient()
-    return Reference()
+        kernel = CpuFlash()
+    elif q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+        kernel = CudaFlash()
+    elif q.device.type == "cuda" and q.dtype == torch.float32:
+        kernel = CudaEfficient()
+    else:
+        return Reference()
+    return kernel if q.shape[-1] == v.shape[-1] else Padded(kernel)
 
 
 def _repeat(kv: Tensor, heads: int) -> Tensor:
@@ -218,3 +229,79 @@ class CudaEfficient:
             scale=scale,
         )
         return dq, _fold(dk, k.shape[1]), _fold(dv, v.shape[1])
+
+
+class Flipped:
+    """Another kernel, with queries and keys read from their ends: causal sees the upper triangle.
+
+    Attention knows no order but its mask's, so this is exact; it copies the block's tensors.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the block."""
+        q, k, v = (x.flip(2) for x in (q, k, v))
+        out, lse = self.kernel.forward(q, k, v, causal=causal, scale=scale)
+        return out.flip(2), lse.flip(2)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) of the block."""
+        flipped = (x.flip(2) for x in (dout, q, k, v, out, lse))
+        dq, dk, dv = self.kernel.backward(*flipped, causal=causal, scale=scale)
+        return dq.flip(2), dk.flip(2), dv.flip(2)
+
+
+class Padded:
+    """Another kernel, where values' head dim isn't the keys': the narrower get zeros, cut off."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the block."""
+        width = max(q.shape[-1], v.shape[-1])
+        wide = (_widen(x, width) for x in (q, k, v))
+        out, lse = self.kernel.forward(*wide, causal=causal, scale=scale)
+        return out[..., : v.shape[-1]], lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) of the block."""
+        width = max(q.shape[-1], v.shape[-1])
+        dout, wide_q, wide_k, wide_v, out = (_widen(x, width) for x in (dout, q, k, v, out))
+        grads = self.kernel.backward(
+            dout, wide_q, wide_k, wide_v, out, lse, causal=causal, scale=scale
+        )
+        dq, dk, dv = (g[..., : x.shape[-1]] for g, x in zip(grads, (q, k, v), strict=True))
+        return dq, dk, dv
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1]))

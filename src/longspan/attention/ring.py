@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.attention.kept import Kept, Late
-from longspan.attention.kernels import kernel_for
+from longspan.attention.kernels import Flipped, kernel_for
 from longspan.attention.merge import merge_
 from longspan.comm.p2p import Mailbox
 from longspan.layout import Order
@@ -146,7 +146,8 @@ class RingAttention(torch.autograd.Function):
         def compute(block: Block, held: list[Tensor], _: list[Tensor]) -> None:
             rows, columns = _cuts(block)
             kv = [x[:, :, columns] for x in held]
-            part = kernel.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
+            run = Flipped(kernel) if block.flipped else kernel
+            part = run.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
             merge_(out[:, :, rows], lse[:, :, rows], *part)
 
         payload = _Flat(early, (k[:, :, :count], v[:, :, :count]))
@@ -172,7 +173,8 @@ class RingAttention(torch.autograd.Function):
             _, columns = _cuts(block)
             dout, q, out, lse = query
             k, v = (x[:, :, columns] for x in keys)
-            part = kernel.backward(dout, q, k, v, out, lse, causal=block.causal, scale=scale)
+            run = Flipped(kernel) if block.flipped else kernel
+            part = run.backward(dout, q, k, v, out, lse, causal=block.causal, scale=scale)
             dq, dk, dv = sums
             for total, share in zip((dq, dk[:, :, columns], dv[:, :, columns]), part, strict=True):
                 total += share
@@ -256,6 +258,7 @@ def ring_of(
     causal: bool,
     documents: Sequence[int],
     *,
+    window: int | None = None,
     node_ranks: int = 0,
     width: int = 1,
 ) -> Ring:
@@ -273,6 +276,7 @@ def ring_of(
         grad_bytes=kv_numbers * wide,
         q_bytes=rows * ((q.shape[3] + v.shape[3]) * q.element_size() + 2 * wide),
         dq_bytes=rows * q.shape[3] * wide,
+        window=window,
         node_ranks=node_ranks,
         width=width,
     )

@@ -21,6 +21,7 @@ from longspan.comm.mesh import flat_group
 from longspan.errors import ModelError
 from longspan.layout import Order, positions
 from longspan.models.loss import ModelLoss
+from longspan.models.windows import layer_windows
 
 __all__ = ["check_model", "patch"]
 
@@ -37,13 +38,14 @@ _HARMLESS = {
     "shift_labels",
     "use_cache",
 }
+_LAYERS = ("full_attention", "sliding_attention")
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 class _Sharding:
-    """What a forward pass tells its attention layers.
+    """What a forward pass tells its attention layers, and the windows they attended in.
 
-    No dataclass: FSDP2 copies those when it casts a module's inputs, and calls would be lost.
+    No dataclass: FSDP2 copies those when it casts a module's inputs, and windows would be lost.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class _Sharding:
         documents: tuple[int, ...],
     ) -> None:
         self.mesh, self.order, self.inside, self.documents = mesh, order, inside, documents
-        self.calls = 0
+        self.windows: list[int | None] = []
 
 
 def patch(
@@ -78,9 +80,10 @@ def patch(
     loss needs labels that are already shifted, over that count: ``labels``, ``shift_labels`` and
     ``num_items_in_batch``.
 
-    Returns the same model. Raises ModelError, here or in forward, for what can't be honoured
-    exactly: sliding windows, softcaps, sinks, attention dropout, masks, caches, layers that mix
-    tokens by other means.
+    Sliding windows are honoured layer by layer. Returns the same model. Raises ModelError, here
+    or in forward, for what can't be honoured exactly: softcaps, sinks, attention dropout, masks,
+    caches, losses of routers, rotary embeddings that depend on the batch, layers that mix tokens
+    by other means.
     """
     order = Order.of(order)
     flat_group(mesh)
@@ -95,12 +98,18 @@ def patch(
         return args, losses.asked(_sharded_arguments(args, kwargs, mesh, order, inside))
 
     def after(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        found, expected = kwargs[_NAME].calls, module.config.num_hidden_layers
-        if found != expected:
+        found, expected = kwargs[_NAME].windows, layer_windows(module.config)
+        if len(found) != len(expected):
             raise ModelError(
-                f"{_name(module)} has {expected} layers but {found} of them attended through "
-                "longspan: the others may mix tokens in a way that can't be sharded"
+                f"{_name(module)} has {len(expected)} layers but {len(found)} of them attended "
+                "through longspan: the others may mix tokens in a way that can't be sharded"
             )
+        for layer, (window, told) in enumerate(zip(found, expected, strict=True)):
+            if window != told:
+                raise ModelError(
+                    f"layer {layer} of {_name(module)} attended in a window of {window}, but its "
+                    f"config says {told}: one of them is wrong"
+                )
         return losses.given(output)
 
     model.register_forward_pre_hook(before, with_kwargs=True)
@@ -125,23 +134,43 @@ def check_model(model: PreTrainedModel) -> None:
     ):
         raise ModelError(f"{_name(model)} has cross attention, which can't be sharded yet")
     for layer_type in getattr(config, "layer_types", None) or ():
-        if layer_type != "full_attention":
+        if layer_type not in _LAYERS:
             raise ModelError(
-                f"{_name(model)} has layers of type {layer_type}; only full_attention is exact here"
+                f"{_name(model)} has layers of type {layer_type}; only {' and '.join(_LAYERS)} "
+                "are exact here"
             )
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    if not any(p.name == "position_ids" for p in parameters):
         raise ModelError(
-            f"{_name(model)} attends in a sliding window of {config.sliding_window}; "
-            "set sliding_window to null to train with full attention"
+            f"{_name(model)}.forward takes no position_ids: each rank would count anew"
         )
     if getattr(config, "attn_logit_softcapping", None):
         raise ModelError(f"{_name(model)} caps attention logits; set attn_logit_softcapping: null")
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        raise ModelError(f"{_name(model)} has attention sinks, which can't be honoured exactly")
+    if getattr(config, "output_router_logits", False):
+        raise ModelError(
+            f"{_name(model)} balances its experts by a loss over the whole batch, which a shard "
+            "doesn't see; set output_router_logits: false"
+        )
+    for rope in _rope_types(config):
+        if "dynamic" in rope or rope == "longrope":
+            raise ModelError(
+                f"{_name(model)} stretches its rotary embedding ({rope}) by the longest position "
+                "in a batch, which differs on every rank; set rope_type: default or yarn"
+            )
     for dropout in _DROPOUTS:
         if getattr(config, dropout, None):
             raise ModelError(
                 f"{_name(model)} has attention dropout, which differs on every rank; "
                 f"set {dropout}: 0.0"
             )
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Of all layers: a config holds one set of rotary parameters, or one for each layer type."""
+    given = getattr(config, "rope_parameters", None) or {}
+    sets = [given, *(x for x in given.values() if isinstance(x, dict))]
+    return {str(x["rope_type"]) for x in sets if "rope_type" in x}
 
 
 def _sharded_arguments(
@@ -162,6 +191,8 @@ def _sharded_arguments(
         raise ModelError("attention_mask can't be sharded: leave padding out, pass cu_seqlens")
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
         raise ModelError("a key-value cache can't be sharded: pass use_cache=False")
+    if kwargs.get("output_router_logits"):
+        raise ModelError("the routers' loss needs the whole batch: pass output_router_logits=False")
     if kwargs.get("labels") is not None and (
         kwargs.get("shift_labels") is None or kwargs.get("num_items_in_batch") is None
     ):
@@ -197,6 +228,7 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
     longspan: _Sharding | None = None,
     longspan_kept: Kept | None = None,
     **others: Any,
@@ -212,7 +244,8 @@ def _attention(
     for name, value_given in others.items():
         if name not in _HARMLESS and value_given is not None and value_given is not False:
             raise ModelError(f"{_name(module)} asks for {name}, which can't be honoured exactly")
-    longspan.calls += 1
+    window = sliding_window or None
+    longspan.windows.append(window)
     out = attend(
         query,
         key,
@@ -222,6 +255,7 @@ def _attention(
         order=longspan.order,
         inside=longspan.inside,
         scale=scaling,
+        window=window,
         cu_seqlens=longspan.documents,
         kept=longspan_kept,
     )
@@ -229,6 +263,6 @@ def _attention(
 
 
 def _no_mask(*, attention_mask: Tensor | None = None, use_vmap: bool = False, **_: Any) -> None:
-    """Attention knows the documents; a mask beyond causal and documents is refused."""
+    """Attention knows documents and windows; a mask beyond them is refused."""
     if attention_mask is not None or use_vmap:
         raise ModelError("this model or batch needs an attention mask, which can't be sharded")

@@ -22,12 +22,13 @@ class Ring:
     """One attention over a sequence of ``length`` tokens on a ring of ``world`` ranks.
 
     ``documents``: where each document starts, and the end of the last: 0, …, length
-    (cu_seqlens); tokens attend only inside their document. What a token's things weigh on the
-    wire: ``kv_bytes`` its keys and values, ``grad_bytes`` their gradients, ``q_bytes`` its query
-    with its output's gradient and row statistics, ``dq_bytes`` the query's gradient.
-    ``node_ranks``: how many ranks, side by side, are in a node; 0: all. ``width``: how many ranks
-    of the order hold a rank's tokens together (after a head exchange among them). ``stop``: only
-    tokens before this position take part; if causal, they attend as in the whole sequence.
+    (cu_seqlens); tokens attend only inside their document, and with a ``window`` only to
+    themselves and the window-1 tokens before. What a token's things weigh on the wire:
+    ``kv_bytes`` its keys and values, ``grad_bytes`` their gradients, ``q_bytes`` its query with
+    its output's gradient and row statistics, ``dq_bytes`` the query's gradient. ``node_ranks``:
+    how many ranks, side by side, are in a node; 0: all. ``width``: how many ranks of the order
+    hold a rank's tokens together (after a head exchange among them). ``stop``: only tokens before
+    this position take part; if causal, they attend as in the whole sequence.
     """
 
     length: int
@@ -41,6 +42,7 @@ class Ring:
     dq_bytes: int = 0
     node_ranks: int = 0
     width: int = 1
+    window: int | None = None
     stop: int | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +53,10 @@ class Ring:
             )
         if any(end < start for start, end in itertools.pairwise(ends)):
             raise LayoutError("cu_seqlens must not descend")
+        if self.window is not None and self.window < 1:
+            raise LayoutError(f"a window of {self.window} sees nothing: use 1 or more, or None")
+        if self.window is not None and not self.causal:
+            raise LayoutError("a window looks back: it needs causal attention")
         if self.node_ranks < 0 or self.world % self.node:
             raise LayoutError(f"{self.world} ranks are no whole nodes of {self.node_ranks}")
         if 0 < (self.stop or 0) < self.length and not self.ascending:
@@ -71,7 +77,9 @@ class Ring:
 class Block:
     """Queries [q_start, q_stop) against keys [kv_start, kv_stop), as indices on their ranks.
 
-    A full block sees everything; a causal one is square and sees its lower triangle.
+    A full block sees everything; a causal one is square and sees its lower triangle. A causal
+    one that is ``flipped`` sees its upper triangle instead, the diagonal with it: it is causal
+    when queries and keys are read from their ends.
     """
 
     q_start: int
@@ -79,6 +87,7 @@ class Block:
     kv_start: int
     kv_stop: int
     causal: bool
+    flipped: bool = False
 
     @property
     def pairs(self) -> int:
@@ -112,22 +121,47 @@ def _pieces(ring: Ring, rank: int) -> tuple[_Piece, ...]:
     return tuple(found)
 
 
-def _between(q: Run, kv: Run, causal: bool, same: bool) -> Block | None:
-    """What the tokens of one run see of another run of the same document, or the same run."""
+def _between(q: Run, kv: Run, causal: bool, window: int | None) -> Iterator[Block]:
+    """What the tokens of one run see of a run of the same document and stride."""
     q_stop, kv_stop = q.local + q.count, kv.local + kv.count
     if not causal:
-        return Block(q.local, q_stop, kv.local, kv_stop, False)
-    if same:
-        return Block(q.local, q_stop, q.local, q_stop, True)
-    if q.stride == 1:
-        return Block(q.local, q_stop, kv.local, kv_stop, False) if kv.start < q.start else None
-    # Stripes interleave: query a sees keys up to a, or up to a-1 if the keys' stripe comes later.
-    skipped = int(kv.start > q.start)
-    size = min(q.count - skipped, kv.count)
-    if size <= 0:
-        return None
-    first = q.local + skipped
-    return Block(first, first + size, kv.local, kv.local + size, True)
+        yield Block(q.local, q_stop, kv.local, kv_stop, False)
+        return
+    # Query a sees key b if least <= a - b <= most, as indices on their ranks.
+    shift, ahead = q.local - kv.local, q.start - kv.start
+    least = shift - ahead // q.stride
+    most = q_stop - kv.local if window is None else shift + (window - 1 - ahead) // q.stride
+    if most < least:
+        return
+    width, end = most - least + 1, min(q_stop, kv_stop + most)
+    for start in range(max(q.local, kv.local + least), end, width):
+        stop = min(start + width, end)
+        # All of these rows see the keys between the two edges; each edge is a triangle, the far
+        # one smaller by a row where they would share a key.
+        far = stop - (stop - start == width)
+        left, right = max(kv.local, far - most), min(kv_stop, start - least)
+        if left < right:
+            yield Block(start, stop, left, right, False)
+        yield from _lower(start, stop, least, kv)
+        yield from _upper(start, far, most, kv)
+
+
+def _lower(start: int, stop: int, offset: int, kv: Run) -> Iterator[Block]:
+    """Rows that see columns from the first one's own up to their own, row - offset; cut to kv."""
+    edge = min(stop, kv.local + kv.count + offset)
+    if start < edge:
+        yield Block(start, edge, start - offset, edge - offset, True)
+        if edge < stop:
+            yield Block(edge, stop, start - offset, edge - offset, False)
+
+
+def _upper(start: int, stop: int, offset: int, kv: Run) -> Iterator[Block]:
+    """Rows that see columns from their own up to the last one's own, row - offset; cut to kv."""
+    edge = max(start, kv.local + offset)
+    if edge < stop:
+        if start < edge:
+            yield Block(start, edge, edge - offset, stop - offset, False)
+        yield Block(edge, stop, edge - offset, stop - offset, True, True)
 
 
 def _joined(found: Iterable[Block]) -> Iterator[Block]:
@@ -150,22 +184,29 @@ def _joined(found: Iterable[Block]) -> Iterator[Block]:
         yield last
 
 
+def _by_document(ring: Ring, rank: int) -> dict[int, list[Run]]:
+    found: dict[int, list[Run]] = {}
+    for piece in _pieces(ring, rank):
+        found.setdefault(piece.document, []).append(piece.run)
+    return found
+
+
 @lru_cache(maxsize=1 << 14)
 def blocks(ring: Ring, q_rank: int, kv_rank: int) -> tuple[Block, ...]:
     """The blocks that the queries of one rank see of the keys of another; none if they see none."""
-    by_document: dict[int, list[Run]] = {}
-    for piece in _pieces(ring, kv_rank):
-        by_document.setdefault(piece.document, []).append(piece.run)
-    if q_rank == kv_rank and ring.ascending:
-        # Positions ascend, so a rank's own part of a document is one triangle or square.
-        own = [(part[0].local, part[-1].local + part[-1].count) for part in by_document.values()]
-        return tuple(Block(start, stop, start, stop, ring.causal) for start, stop in own)
-    found = [
-        block
-        for piece in _pieces(ring, q_rank)
-        for kv in by_document.get(piece.document, ())
-        if (block := _between(piece.run, kv, ring.causal, piece.run == kv and q_rank == kv_rank))
-    ]
+    found: list[Block] = []
+    theirs = _by_document(ring, kv_rank)
+    for document, own in _by_document(ring, q_rank).items():
+        size = ring.documents[document + 1] - ring.documents[document]
+        window = ring.window if ring.window and ring.window < size else None
+        if q_rank == kv_rank and window is None and ring.ascending:
+            # A rank's own part of a document is one triangle or square.
+            start, stop = own[0].local, own[-1].local + own[-1].count
+            found.append(Block(start, stop, start, stop, ring.causal))
+            continue
+        for q in own:
+            for kv in theirs.get(document, ()):
+                found += _between(q, kv, ring.causal, window)
     return tuple(_joined(_joined(found)))
 
 

@@ -1,6 +1,8 @@
 """What the ring schedules of a step promise: how even the work is, and how much is sent."""
 
+from collections import Counter
 from collections.abc import Iterable
+from itertools import product
 
 import torch
 from transformers import PreTrainedConfig
@@ -8,6 +10,7 @@ from transformers import PreTrainedConfig
 from longspan.attention.ring import accumulation_dtype
 from longspan.data.packing import PackedSequence
 from longspan.layout import Order
+from longspan.models.windows import layer_windows
 from longspan.schedule.ring import Ring
 from longspan.schedule.rounds import comms, rounds
 
@@ -28,9 +31,12 @@ def ring_figures(
     """
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    numbers = 2 * heads * head_dim
+    # Latent attention has other head dims for keys than for values.
+    k_dim, v_dim = (getattr(model, name, None) for name in ("qk_head_dim", "v_head_dim"))
+    numbers = heads * ((k_dim or head_dim) + (v_dim or head_dim))
+    windows = Counter(layer_windows(model))
     pairs, sent = [0] * world, 0
-    for sequence in sequences:
+    for sequence, (window, layers) in product(sequences, windows.items()):
         ring = Ring(
             length=len(sequence.tokens),
             world=world,
@@ -39,14 +45,12 @@ def ring_figures(
             documents=tuple(sequence.cu_seqlens.tolist()),
             kv_bytes=numbers * dtype.itemsize,
             grad_bytes=numbers * accumulation_dtype(dtype).itemsize,
+            window=window,
         )
         for rank in range(world):
             turns = rounds(ring, rank)
-            pairs[rank] += sum(block.pairs for turn in turns for block in turn.blocks)
+            pairs[rank] += layers * sum(block.pairs for turn in turns for block in turn.blocks)
             ops = (*comms(ring, rank), *comms(ring, rank, backward=True))
-            sent += sum(op.sent_bytes(rank) for op in ops)
+            sent += layers * sum(op.sent_bytes(rank) for op in ops)
     imbalance = max(pairs) * world / max(1, sum(pairs))
-    return {
-        "attention_imbalance": imbalance,
-        "ring_bytes": float(sent * model.num_hidden_layers),
-    }
+    return {"attention_imbalance": imbalance, "ring_bytes": float(sent)}

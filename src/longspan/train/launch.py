@@ -40,7 +40,8 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         if 2 in codes.values():
             return 2
-        rank, code = next(iter(codes.items()))
+        # A rank that was killed takes others with it: name the cause, not what it caused.
+        rank, code = min(codes.items(), key=lambda failed: failed[1])
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         print(f"longspan: rank {rank} {how}", file=sys.stderr)
         return 1
