@@ -39,7 +39,7 @@ def call_again(mesh: DeviceMesh, case: Case, share: float, heads: bool) -> float
     group = mesh._flatten().get_group() if heads else mesh.get_group()
     *inputs, dout = tensors(case)
     whole = [x.requires_grad_() for x in inputs]
-    expected, _ = dense_attention(*whole, case.documents, case.causal, case.scale)
+    expected, _ = dense_attention(*whole, case.documents, case.causal, case.scale, case.window)
     expected.backward(dout)
     own = longspan.positions(case.documents[-1], group.rank(), group.size(), case.order)
     local = [x.detach()[:, :, own].to(case.dtype).requires_grad_() for x in whole]
@@ -51,6 +51,7 @@ def call_again(mesh: DeviceMesh, case: Case, share: float, heads: bool) -> float
                 *local,
                 mesh=mesh,
                 causal=case.causal,
+                window=case.window,
                 order=case.order,
                 scale=case.scale,
                 cu_seqlens=case.documents,

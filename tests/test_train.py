@@ -123,6 +123,25 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
+def test_recomputed_activations_change_nothing(
+    documents: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    config = write(tmp_path, settings(documents, tmp_path))
+    done = run([*command(config), "--set", "train.checkpointing=full"])
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_gradients_are_one_process(documents: Path, tmp_path: Path) -> None:
+    train = {"steps": 2, "dtype": "bfloat16", "checkpointing": "selective"}
+    config = write(tmp_path, settings(documents, tmp_path, train=train, checks={"exactness": True}))
+    done = run(command(config))
+    assert done.returncode == 0, done.stderr
+    assert [step for step, _ in losses(tmp_path)] == [1, 2]
+
+
+@pytest.mark.slow
 def test_killed_and_damaged_it_goes_on_bit_for_bit(
     documents: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 Counted are the tensors that autograd keeps for a Llama of the transformers library (RMSNorm,
 rotary embedding, gated MLP) whose attention keeps its output and log-sum-exp instead of the scores
 and whose loss makes the logits of some tokens at a time. The peak of real steps on CPU was within
-6 % of the sum with the environment's MALLOC_MMAP_THRESHOLD_=262144; without it glibc keeps much of
+13 % of the sum with the environment's MALLOC_MMAP_THRESHOLD_=262144; without it glibc keeps much of
 what is freed, measured 1.1 to 2 times the sum. Sources: Korthikanti et al., arXiv 2205.05198,
 section 4, for what each layer keeps; Zhao et al., arXiv 2304.11277, for what sharding leaves on a
 device.
