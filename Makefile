@@ -22,7 +22,7 @@ check: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
 # One after the other, so that none disturbs another's times.
-bench: $(STAMP)
+bench: bench-peers
 	@for file in $$(grep -l '^def main' benchmarks/*.py); do \
 		echo "== $$file"; $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
