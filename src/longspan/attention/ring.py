@@ -73,7 +73,9 @@ def _play(
     Returns the gradient of this rank's own payload, summed over all ranks.
     """
     rank = _rank(group)
-    mail = Mailbox(group, payload.empty)
+    # What goes to the next node may take as long as the inner ring's whole turn.
+    ring = payload.ring
+    mail = Mailbox(group, payload.empty, rounds=2 if ring.node == ring.world else ring.node + 1)
     grad_mail = Mailbox(group, gradient.empty, tag=1) if gradient else None
     held = {rank: payload.filled()}
     own = gradient.empty(rank).zero_() if gradient else None

@@ -17,14 +17,16 @@ class Mailbox:
 
     On Gloo a receive should be announced before the round in which it is sent: its announcement
     goes over the connection that data fills, and must not queue behind it. On NCCL the sends and
-    receives of a round are started together, as it wants them.
+    receives of a round are started together, as it wants them. The sends of at most ``rounds``
+    rounds are under way, so that no more buffers than theirs are kept.
     """
 
     group: dist.ProcessGroup | None
     buffer: Callable[[int], Tensor]
     tag: int = 0
+    rounds: int = 2
     _arriving: dict[int, list[tuple[list[dist.Work], Tensor]]] = field(default_factory=dict)
-    _leaving: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    _leaving: list[list[tuple[dist.Work, Tensor]]] = field(default_factory=list)
 
     @property
     def _together(self) -> bool:
@@ -51,12 +53,14 @@ class Mailbox:
             return
         here = self._here
         leaving = [(t, outgoing(t.source)) for t in transfers if t.sender == here and t.bytes]
+        while len(self._leaving) >= self.rounds:
+            _finish(self._leaving.pop(0))
         if not self._together:
-            for transfer, tensor in leaving:
-                work = dist.isend(
-                    tensor, group=self.group, group_dst=transfer.receiver, tag=self.tag
-                )
-                self._leaving += [(work, tensor)] if work else []
+            sent = [
+                (dist.isend(x, group=self.group, group_dst=t.receiver, tag=self.tag), x)
+                for t, x in leaving
+            ]
+            self._leaving.append([(work, tensor) for work, tensor in sent if work])
             return
         arriving = self._incoming(transfers)
         ops = [
@@ -68,7 +72,7 @@ class Mailbox:
             if t.bytes
         ]
         works = dist.batch_isend_irecv(ops) if ops else []
-        self._leaving += [(work, tensor) for work in works for _, tensor in leaving]
+        self._leaving.append([(work, tensor) for work in works for _, tensor in leaving])
         for transfer, buffer in arriving:
             self._expect(transfer, works, buffer)
 
@@ -83,12 +87,16 @@ class Mailbox:
 
     def finish(self) -> None:
         """Return when all that was sent has left."""
-        for work, _ in self._leaving:
-            work.wait()
-        self._leaving.clear()
+        while self._leaving:
+            _finish(self._leaving.pop(0))
 
     def _incoming(self, transfers: Sequence[Transfer]) -> list[tuple[Transfer, Tensor]]:
         return [(t, self.buffer(t.source)) for t in transfers if t.receiver == self._here]
 
     def _expect(self, transfer: Transfer, works: list[dist.Work], buffer: Tensor) -> None:
         self._arriving.setdefault(transfer.source, []).append((works, buffer))
+
+
+def _finish(sent: list[tuple[dist.Work, Tensor]]) -> None:
+    for work, _ in sent:
+        work.wait()

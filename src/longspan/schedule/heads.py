@@ -25,12 +25,14 @@ class HeadShares:
     def q(self, rank: int) -> range:
         """The query heads of a rank."""
         dealt = runs(self.heads, rank, self.world, Order.CONTIGUOUS)
-        return range(dealt[0].start, dealt[0].start + dealt[0].count) if dealt else range(0)
+        if not dealt:
+            return range(self.heads, self.heads)
+        return range(dealt[0].start, dealt[0].start + dealt[0].count)
 
     def kv(self, rank: int) -> range:
         """The KV heads that they attend to."""
         own, group = self.q(rank), self.heads // self.kv_heads
-        return range(own.start // group, -(-own.stop // group)) if own else range(0)
+        return range(own.start // group, -(-own.stop // group))
 
     def kv_of_q(self, rank: int) -> list[int]:
         """For each query head of a rank, which of the rank's KV heads is its own."""

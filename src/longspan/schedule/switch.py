@@ -17,7 +17,8 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from longspan.errors import LayoutError
-from longspan.layout import Layout, Order, runs
+from longspan.layout import Layout, Order
+from longspan.schedule.heads import HeadShares
 from longspan.schedule.ops import Comm
 from longspan.schedule.step import Side, Slices, Step
 
@@ -128,11 +129,8 @@ def head_placements(dim: int, heads: int, kv_heads: int, world: int) -> tuple[Pl
     """
     if kv_heads < 1 or heads % kv_heads:
         raise LayoutError(f"{heads} query heads can't share {kv_heads} KV heads evenly")
-    ranges = []
-    for rank in range(world):
-        own = [(run.start, run.start + run.count) for run in runs(heads, rank, world, "contiguous")]
-        start, end = own[0] if own else (heads, heads)
-        ranges.append((start * kv_heads // heads, -(-end * kv_heads // heads)))
+    needed = [HeadShares(heads, kv_heads, world).kv(rank) for rank in range(world)]
+    ranges = [(share.start, share.stop) for share in needed]
     even = [Side(Shard(0)).cut((kv_heads,), rank, world)[0] for rank in range(world)]
     joined = all(left[1] == right[0] for left, right in pairwise(ranges))
     if joined and [end - start for start, end in ranges] == even:
