@@ -4,7 +4,6 @@ A plan is a frozen dataclass of plain values, kept as one JSON file that says wh
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -57,13 +56,13 @@ class BatchPlan:
 
 
 def write_plan(plan: Any, path: Path) -> None:
-    """Write a plan as JSON that ``read_plan`` reads; an old file is replaced whole or not at all."""
+    """Write a plan as JSON that ``read_plan`` reads; an old file is replaced whole."""
     kind = type(plan)
     values = TypeAdapter(kind).dump_python(plan, mode="json")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps({"plan": kind.__name__} | values, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)
 
 
 def read_plan(kind: type[P], path: Path) -> P:
