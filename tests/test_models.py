@@ -18,8 +18,8 @@ import longspan
 from longspan.comm.mesh import flat_group
 from longspan.data.packing import PackedSequence
 from longspan.errors import LeakError, ModelError
-from longspan.layout import Order
 from longspan.models.transformers import check_model
+from longspan.train.config import Parallel
 from longspan.train.figures import ring_figures
 
 SMALL = {
@@ -248,7 +248,7 @@ def test_ring_figures_know_each_layers_window() -> None:
     def ring_bytes(*kinds: str) -> float:
         changes = {"layer_types": list(kinds), "num_hidden_layers": len(kinds)}
         config = AutoConfig.for_model("gemma3_text", **FAMILIES["gemma3_text"] | changes)
-        figures = ring_figures(batch, config, torch.float32, 4, Order.CONTIGUOUS)
+        figures = ring_figures(batch, config, torch.float32, 4, Parallel(order="contiguous"))
         return figures["ring_bytes"]
 
     full, near = ring_bytes("full_attention"), ring_bytes("sliding_attention")

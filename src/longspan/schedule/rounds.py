@@ -88,8 +88,9 @@ class _Travel:
     def transfers(self, source: int) -> Iterator[tuple[int, bool, Transfer]]:
         """(round, whether it is a gradient, transfer) of all that is sent for one source."""
         ring, kv = self.ring, self.travels == "kv"
-        weight = tokens(ring, source) * (ring.kv_bytes if kv else ring.q_bytes)
-        grad_weight = tokens(ring, source) * (ring.grad_bytes if kv else ring.dq_bytes)
+        count = tokens(ring, source, keys=kv)
+        weight = count * (ring.kv_bytes if kv else ring.q_bytes)
+        grad_weight = count * (ring.grad_bytes if kv else ring.dq_bytes)
         needs = [self.needs(source, outer) for outer in range(self.nodes)]
         last = max((outer for outer in range(self.nodes) if needs[outer]), default=0)
         away_from_home: tuple[int, int] | None = (

@@ -61,6 +61,13 @@ class Parallel(_Section):
     order: Literal["contiguous", "zigzag", "striped"] = Field(
         "zigzag", description="Which tokens of a sequence a rank holds."
     )
+    inside: Literal["ring", "heads"] = Field(
+        "ring", description="How they attend: turn a ring, or exchange tokens for heads."
+    )
+    grads_in: Literal["float32", "compute"] = Field(
+        "float32",
+        description="What a ring's gradients travel in; compute: train.dtype, rounded at each hop.",
+    )
 
 
 class Optimizer(_Section):
