@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.attention.ring import accumulation_dtype
 from longspan.comm.exchange import exchange
 
 __all__ = ["to_heads", "to_tokens"]
@@ -64,10 +65,12 @@ def _gather(
     batch, *_, dim = x.shape
     here = counts[group.rank()]
     shapes = [torch.Size((batch, len(share), here, dim)) for share in shares]
-    out = x.new_zeros(batch, heads, here, dim)
+    shared = sum(map(len, shares)) > heads
+    dtype = accumulation_dtype(x.dtype) if shared else x.dtype
+    out = x.new_zeros(batch, heads, here, dim, dtype=dtype)
     for share, part in zip(shares, _swap(list(x.split(counts, 2)), shapes, group), strict=True):
         out[:, share.start : share.stop] += part
-    return out
+    return out.to(x.dtype)
 
 
 class _ToHeads(torch.autograd.Function):
