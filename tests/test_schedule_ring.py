@@ -1,6 +1,7 @@
 """The ring's schedule, against masks written out and formulas."""
 
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from longspan.schedule.ring import Block, Ring
 from longspan.schedule.rounds import Travels, cheapest, comms, rounds
 
 rings = st.builds(
-    lambda cuts, length, world, node, order, causal, window: Ring(
+    lambda cuts, length, world, node, order, causal, window, kv: Ring(
         length,
         world,
         order,
@@ -26,6 +27,7 @@ rings = st.builds(
         dq_bytes=4,
         node_ranks=node if world % node == 0 else 0,
         window=window if causal else None,
+        kv_documents=None if causal or kv is None else (0, *accumulate(kv[: len(cuts) + 1])),
     ),
     st.lists(st.integers(0, 60), max_size=5),
     st.integers(0, 60),
@@ -34,31 +36,36 @@ rings = st.builds(
     st.sampled_from(list(Order)),
     st.booleans(),
     st.one_of(st.none(), st.integers(1, 60)),
+    st.one_of(st.none(), st.lists(st.integers(0, 20), min_size=6, max_size=6)),
 )
+
+
+def keys(ring: Ring) -> tuple[int, ...]:
+    return ring.documents if ring.kv_documents is None else ring.kv_documents
 
 
 def visible(ring: Ring) -> np.ndarray:
     """Who sees whom, token by token."""
-    where = np.arange(ring.length)
+    where, of_keys = np.arange(ring.length), np.arange(keys(ring)[-1])
     document = np.searchsorted(ring.documents[1:], where, side="right")
-    seen = document[:, None] == document[None]
-    back = where[:, None] - where[None]
+    seen = document[:, None] == np.searchsorted(keys(ring)[1:], of_keys, side="right")[None]
+    back = where[:, None] - of_keys[None]
     reach = ring.length if ring.window is None else ring.window
     return seen & (back >= 0) & (back < reach) if ring.causal else seen
 
 
 def covered(ring: Ring, q_rank: int, kv_rank: int, blocks: tuple[Block, ...]) -> np.ndarray:
     """How often blocks of one rank's queries and another's keys compute each pair."""
-    seen = np.zeros((ring.length, ring.length), int)
+    seen = np.zeros((ring.length, keys(ring)[-1]), int)
     queries = positions(ring.length, q_rank, ring.world, ring.order).numpy()
-    keys = positions(ring.length, kv_rank, ring.world, ring.order).numpy()
+    held = positions(keys(ring)[-1], kv_rank, ring.world, ring.order).numpy()
     for block in blocks:
         rows, columns = block.q_stop - block.q_start, block.kv_stop - block.kv_start
         assert rows and columns and (rows == columns or not block.causal)
         mask = np.tri(rows, dtype=int) if block.causal else np.ones((rows, columns), int)
         assert block.causal or not block.flipped
         mask = np.flip(mask) if block.flipped else mask
-        q, kv = queries[block.q_start : block.q_stop], keys[block.kv_start : block.kv_stop]
+        q, kv = queries[block.q_start : block.q_stop], held[block.kv_start : block.kv_stop]
         seen[np.ix_(q, kv)] += mask
         assert block.pairs == mask.sum()
     return seen
@@ -74,7 +81,7 @@ halves = st.sampled_from(["forward", "kv", "q"])
 
 @given(rings, st.sampled_from(["kv", "q"]))
 def test_blocks_cover_what_is_visible_exactly_once(ring: Ring, travels: Travels) -> None:
-    total = np.zeros((ring.length, ring.length), int)
+    total = np.zeros((ring.length, keys(ring)[-1]), int)
     for rank in range(ring.world):
         for turn in rounds(ring, rank, True, travels):
             pair = (rank, turn.source) if travels == "kv" else (turn.source, rank)
@@ -102,7 +109,8 @@ def test_payloads_match_and_arrive_in_time(ring: Ring, half: str) -> None:
                 assert transfer.sender != rank or transfer.source in {turn.source, rank}
         for transfer in {t for turn in now for t in turn.payload}:
             assert transfer.source in has[transfer.sender]
-            tokens = local_length(ring.length, transfer.source, ring.world, ring.order)
+            length = keys(ring)[-1] if travels == "kv" else ring.length
+            tokens = local_length(length, transfer.source, ring.world, ring.order)
             assert transfer.bytes == tokens * weight
             has[transfer.receiver].add(transfer.source)
 
@@ -220,6 +228,8 @@ def test_what_is_refused() -> None:
             Ring(8, 2, Order.ZIGZAG, True, documents, 1, 1)
     with pytest.raises(LayoutError, match="descend"):
         Ring(8, 2, Order.ZIGZAG, True, (0, 5, 3, 8), 1, 1)
+    with pytest.raises(LayoutError, match="not at all"):
+        Ring(8, 2, Order.ZIGZAG, False, (0, 8), 1, 1, kv_documents=(0, 9), stop=3)
 
 
 def test_comm_sent_bytes() -> None:

@@ -150,7 +150,7 @@ def _figures(run: Summary) -> list[tuple[str, str]]:
         ("time in steps", duration(run.step_s)),
         ("whole time", duration(_facts(run.end)["seconds"])),
         ("attention work, busiest rank / mean", figure(run.attention_imbalance)),
-        ("sent around the ring", size(run.ring_bytes)),
+        ("sent between ranks for attention", size(run.ring_bytes)),
     ]
 
 
