@@ -121,8 +121,11 @@ def ways(case: Case) -> dict[str, Any]:
     return told | {name: getattr(case, name) for name in names}
 
 
-def worst_difference(mesh: DeviceMesh, case: Case) -> float:
-    """Of out, lse and all gradients on this rank, from dense attention in float64."""
+def worst_difference(mesh: DeviceMesh, case: Case, share: float = 1.0, calls: int = 1) -> float:
+    """Of out, lse and all gradients on this rank, from dense attention in float64.
+
+    Those of the last of so many calls, as when activations are recomputed and ``share`` is kept.
+    """
     *inputs, dout = tensors(case)
     whole = [x.requires_grad_() for x in inputs]
     expected, expected_lse = dense_attention(
@@ -136,15 +139,18 @@ def worst_difference(mesh: DeviceMesh, case: Case) -> float:
     cuts = (np.s_[:, :, own], np.s_[:, :, keys], np.s_[:, :, keys], np.s_[:])
     parts = [x.detach()[cut].to(case.dtype) for x, cut in zip(whole, cuts, strict=True)]
     q, k, v, sinks = (x.requires_grad_() for x in parts)
-    kept = Kept(1.0)
+    kept = Kept(share)
     told = ways(case) | {"sinks": sinks if case.sinks else None, "kept": kept}
-    out = longspan.attend(q, k, v, mesh=mesh, **told)
+    for _ in range(calls):
+        kept.rewind()
+        out = longspan.attend(q, k, v, mesh=mesh, **told)
     assert out.dtype == case.dtype
     out.backward(dout[:, :, own].to(case.dtype))
     kept.rewind()
+    lse = kept.recalled().lse
     differences = [
         difference(out, expected[:, :, own], case),
-        difference(kept.recalled().lse, _lse_here(mesh, case, expected_lse), case),
+        difference(lse, _lse_here(mesh, case, expected_lse), case) if share == 1 else 0.0,
         *(difference(p.grad, x.grad[cut], case)
           for p, x, cut in zip(parts[:3], whole[:3], cuts[:3], strict=True)),
     ]  # fmt: skip
@@ -353,8 +359,7 @@ def test_cpu_flash_is_the_reference(dtype: torch.dtype, tolerance: float) -> Non
 
 def test_reference_is_dense_attention() -> None:
     case = Case((0, 30), True, None, Order.CONTIGUOUS, 4, 2, 2, torch.float64, True, 0.3, 5)
-    *inputs, dout = tensors(case)
-    q, k, v = (x.requires_grad_() for x in inputs)
+    q, k, v, _, dout = (x.requires_grad_() for x in tensors(case))
     expected, expected_lse = dense_attention(q, k, v, (0, 30), True, 0.3)
     expected.backward(dout)
     with torch.no_grad():
