@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from longspan.commands.checkpoints import export, verify
+from longspan.commands.doctor import doctor
+from longspan.commands.emit import emit
 from longspan.commands.simulate import app as simulate
 from longspan.errors import LongspanError
 from longspan.lab.commands import app as lab
@@ -22,6 +25,10 @@ app = typer.Typer(
 )
 app.add_typer(simulate, name="simulate")
 app.add_typer(lab, name="lab")
+app.command()(doctor)
+app.command()(emit)
+app.command()(verify)
+app.command()(export)
 
 
 @app.command()
