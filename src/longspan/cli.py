@@ -42,15 +42,27 @@ def diagnose(
         str | None, typer.Option(help="The tokenizer's end-of-document token.")
     ] = None,
     max_length: Annotated[int, typer.Option(help="Most tokens of a packed sequence.")] = 8192,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Tokenise every document, not a sample.")
+    ] = False,
+    sample: Annotated[int, typer.Option(min=64, help="Documents to tokenise.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """How long the documents are, and what their unevenness costs."""
+    """How long the documents are, and what their unevenness costs.
+
+    The characters of all documents are counted; of more than 4096 documents a sample is
+    tokenised, the longest among it.
+    """
     from longspan.data.diagnose import diagnose as measure
     from longspan.data.render import render
     from longspan.data.tokens import load_tokenizer
 
     found = measure(
-        data, field=field, tokenizer=load_tokenizer(tokenizer, end_token), max_length=max_length
+        data,
+        field=field,
+        tokenizer=load_tokenizer(tokenizer, end_token),
+        max_length=max_length,
+        sample=None if exact else sample,
     )
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
