@@ -11,6 +11,7 @@ from longspan.commands.checkpoints import export, verify
 from longspan.commands.doctor import doctor
 from longspan.commands.emit import emit
 from longspan.commands.simulate import app as simulate
+from longspan.commands.watch import watch
 from longspan.errors import LongspanError
 from longspan.lab.commands import app as lab
 
@@ -27,6 +28,7 @@ app.add_typer(simulate, name="simulate")
 app.add_typer(lab, name="lab")
 app.command()(doctor)
 app.command()(emit)
+app.command()(watch)
 app.command()(verify)
 app.command()(export)
 
