@@ -8,14 +8,20 @@ from statistics import median
 from longspan.report.words import count, duration, figure, percent
 from longspan.trace import Note, Row, Sample, Span
 
-__all__ = ["alerts"]
+__all__ = ["LIMITS", "alerts"]
 
 _RECENT = 8
 _WINDOW = 32
 # Steps vary; what is told of should be rare.
-_SPIKE_DEVIATIONS = 6.0
+_SPIKE_DEVIATIONS = 6
 _SLOWER = 1.5
-_SILENT_STEPS = 10.0
+_SILENT_STEPS = 10
+LIMITS = {
+    "window": _WINDOW,
+    "spike": _SPIKE_DEVIATIONS,
+    "slower": _SLOWER,
+    "silent": _SILENT_STEPS,
+}
 _TROUBLE = ("refused", "exchange_failed", "site_lost", "planner_lost", "diverged")
 
 
