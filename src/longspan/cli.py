@@ -15,6 +15,7 @@ from longspan.commands.simulate import app as simulate
 from longspan.commands.watch import watch
 from longspan.errors import LongspanError
 from longspan.lab.commands import app as lab
+from longspan.report.words import clean
 
 __all__ = ["demo", "diagnose", "main", "probe", "train"]
 
@@ -159,5 +160,6 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except LongspanError as error:
-        print(f"longspan: {error}", file=sys.stderr)
+        # A file's name may hold what steers a terminal.
+        print(f"longspan: {clean(error)}", file=sys.stderr)
         sys.exit(2)

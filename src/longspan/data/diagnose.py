@@ -150,4 +150,12 @@ def _next_command(path: Path, field: str, tokenizer: Tokenizer, max_length: int)
     usual = {"field": "text", "tokenizer": "bytes"}
     told = [f"data.{key}={value}" for key, value in settings.items() if usual.get(key) != value]
     told.append(f"data.max_length={max_length}")
-    return "longspan train config.yaml" + "".join(f" --set {shlex.quote(one)}" for one in told)
+    return "longspan train config.yaml" + "".join(f" --set {_quoted(one)}" for one in told)
+
+
+def _quoted(word: str) -> str:
+    """The word for a shell, without a character that could steer the terminal it is shown on."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = word.encode("unicode_escape").decode("ascii").replace("'", r"\'")
+    return f"$'{escaped}'"
