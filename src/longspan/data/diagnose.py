@@ -157,5 +157,12 @@ def _quoted(word: str) -> str:
     """The word for a shell, without a character that could steer the terminal it is shown on."""
     if word.isprintable():
         return shlex.quote(word)
-    escaped = word.encode("unicode_escape").decode("ascii").replace("'", r"\'")
-    return f"$'{escaped}'"
+    escaped = (
+        "\\" + char
+        if char in "\\'"
+        else char
+        if char.isprintable()
+        else "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", "surrogateescape"))
+        for char in word
+    )
+    return f"$'{''.join(escaped)}'"
