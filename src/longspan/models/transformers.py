@@ -70,7 +70,7 @@ def patch(
 
     ``mesh``, ``order`` and ``inside`` are those of ``longspan.attend``.
 
-    Call the model with ``input_ids (B, S_local)``, this rank's tokens in ``order``, and
+    Call the model with ``input_ids (B, S_local)``, this rank's tokens by ``longspan.positions``, and
     ``cu_seqlens``, the *global* document boundaries (none: one document). Position ids are set
     from them where they aren't given. It returns the logits of the local tokens.
 
@@ -214,7 +214,7 @@ def _sharded_arguments(
 def _positions_in_documents(
     documents: Sequence[int], group: dist.ProcessGroup, order: Order
 ) -> Tensor:
-    own = positions(documents[-1], group.rank(), group.size(), order)
+    own = positions(documents[-1], group.rank(), group.size(), order, documents)
     ends = torch.tensor(documents)
     return own - ends[torch.bucketize(own, ends, right=True) - 1]
 

@@ -9,9 +9,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from longspan.balance import balanced, piece
+
 __all__ = ["Batch"]
 
-_ORDERS = ("contiguous", "zigzag", "striped")
+_ORDERS = ("contiguous", "zigzag", "striped", "balanced")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class Batch:
             found = [range(rank, self.length, self.world)]
         elif self.order == "contiguous":
             found = [_piece(self.length, rank, self.world)]
+        elif self.order == "balanced":
+            found = [range(*span) for span in balanced(self.cu_seqlens, self.world)[rank]]
         else:
             pieces = 2 * self.world
             found = [_piece(self.length, i, pieces) for i in (rank, pieces - 1 - rank)]
@@ -79,6 +83,5 @@ class Batch:
 
 
 def _piece(length: int, index: int, pieces: int) -> range:
-    share, longer = divmod(length, pieces)
-    start = index * share + min(index, longer)
-    return range(start, start + share + (index < longer))
+    start, count = piece(length, index, pieces)
+    return range(start, start + count)
