@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from longspan.errors import LayoutError
 from longspan.layout import Order, positions
 from longspan.schedule.ops import Comm
-from longspan.schedule.ring import Block, Ring
+from longspan.schedule.ring import Ring
 from longspan.schedule.rounds import Round, Travels, cheapest, comms, rounds, travelling
 
 rings = st.builds(

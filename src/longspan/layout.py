@@ -124,9 +124,7 @@ def runs(
 def check_documents(documents: Sequence[int], length: int) -> None:
     """Raise LayoutError unless these are documents' starts and last end in so many tokens."""
     if not documents or documents[0] != 0 or documents[-1] != length:
-        raise LayoutError(
-            f"cu_seqlens must start at 0 and end at the sequence's {length} tokens"
-        )
+        raise LayoutError(f"cu_seqlens must start at 0 and end at the sequence's {length} tokens")
     if any(stop < start for start, stop in pairwise(documents)):
         raise LayoutError("cu_seqlens must not descend")
 
@@ -144,9 +142,7 @@ def place_runs(
     In ascending position and as few runs as can be; striped ones rank by rank.
     """
     ranks = range(place * width, (place + 1) * width)
-    pieces = [
-        run for rank in ranks for run in runs(length, rank, places * width, order, documents)
-    ]
+    pieces = [run for rank in ranks for run in runs(length, rank, places * width, order, documents)]
     if Order.of(order) is not Order.STRIPED:
         pieces.sort(key=lambda run: run.start)
     found: list[Run] = []

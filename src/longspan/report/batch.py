@@ -56,7 +56,7 @@ class Batch:
         else:
             pieces = 2 * self.world
             found = [_piece(self.length, i, pieces) for i in (rank, pieces - 1 - rank)]
-        return tuple(piece for piece in found if piece)
+        return tuple(held for held in found if held)
 
     def tokens(self, rank: int) -> int:
         """How many tokens ``rank`` holds."""
@@ -66,8 +66,8 @@ class Batch:
         """Pairs of query and key that causal attention inside documents gives ``rank``."""
         bounds = np.asarray(self.cu_seqlens, dtype=np.int64)
         pairs = 0
-        for piece in self.held(rank):
-            positions = np.arange(piece.start, piece.stop, piece.step, dtype=np.int64)
+        for held in self.held(rank):
+            positions = np.arange(held.start, held.stop, held.step, dtype=np.int64)
             starts = bounds[np.searchsorted(bounds, positions, side="right") - 1]
             pairs += int((positions - starts + 1).sum())
         return pairs

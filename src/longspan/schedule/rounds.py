@@ -152,9 +152,7 @@ def travelling(ring: Ring, source: int, travels: Travels) -> tuple[tuple[int, in
     return tuple(found)
 
 
-def _unpacked(
-    ring: Ring, seen: Iterable[Block], source: int, travels: Travels
-) -> Iterator[Block]:
+def _unpacked(ring: Ring, seen: Iterable[Block], source: int, travels: Travels) -> Iterator[Block]:
     """The blocks, their indices of the source's tokens as they are among those that travel."""
     starts, before = [], [0]
     for start, stop in travelling(ring, source, travels):
