@@ -59,7 +59,8 @@ class Parallel(_Section):
 
     sp: int | None = Field(None, ge=1, description="Ranks that share a sequence; none: all.")
     order: Literal["contiguous", "zigzag", "striped", "balanced"] = Field(
-        "zigzag", description="Which tokens of a sequence a rank holds."
+        "zigzag",
+        description="Which tokens of a sequence a rank holds; balanced: by its documents.",
     )
 
 
