@@ -61,8 +61,9 @@ class Case:
     sinks: bool = False
 
     @property
-    def kv_length(self) -> int:
-        return (self.documents if self.kv_documents is None else self.kv_documents)[-1]
+    def keys(self) -> tuple[int, ...]:
+        """The keys' documents."""
+        return self.documents if self.kv_documents is None else self.kv_documents
 
 
 @st.composite
@@ -99,7 +100,7 @@ cases = _cases()
 def tensors(case: Case, head_dim: int = 8) -> list[torch.Tensor]:
     """q, k, v, sinks and the gradient of out, whole: in float64, of values that the dtype has."""
     generator = torch.Generator().manual_seed(case.seed)
-    q, kv = (case.q_heads, case.documents[-1]), (case.kv_heads, case.kv_length)
+    q, kv = (case.q_heads, case.documents[-1]), (case.kv_heads, case.keys[-1])
     shapes = [(case.batch, *sizes, head_dim) for sizes in (q, kv, kv)]
     shapes += [(case.q_heads,), (case.batch, *q, head_dim)]
     return [
@@ -111,7 +112,8 @@ def tensors(case: Case, head_dim: int = 8) -> list[torch.Tensor]:
 def shares(mesh: DeviceMesh, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions of this rank's queries and keys."""
     here = (flat_group(mesh).rank(), mesh.size(), case.order)
-    return tuple(longspan.positions(n, *here) for n in (case.documents[-1], case.kv_length))
+    both = (case.documents, case.keys)
+    return tuple(longspan.positions(ends[-1], *here, ends) for ends in both)
 
 
 def ways(case: Case) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def _lse_here(mesh: DeviceMesh, case: Case, lse: torch.Tensor) -> torch.Tensor:
     inner = mesh.get_group(mesh.ndim - 1)
     first = flat_group(mesh).rank() - inner.rank()
     dealt = torch.cat([
-        longspan.positions(case.documents[-1], first + rank, mesh.size(), case.order)
+        longspan.positions(lse.shape[2], first + rank, mesh.size(), case.order, case.documents)
         for rank in range(inner.size())
     ])  # fmt: skip
     heads = HeadShares(case.q_heads, case.kv_heads, inner.size()).q(inner.rank())
@@ -219,11 +221,11 @@ def promised_bytes(
         place, inner = divmod(rank, width)
         ranks = range(place * width, rank - inner + width)
         token = case.batch * q.shape[3] * case.dtype.itemsize
-        for of, length, back_too in (
-            (shares.q, case.documents[-1], True),
-            *[(shares.kv, case.kv_length, False)] * 2,
+        for of, ends, back_too in (
+            (shares.q, case.documents, True),
+            *[(shares.kv, case.keys, False)] * 2,
         ):
-            counts = [local_length(length, r, world, case.order) for r in ranks]
+            counts = [local_length(ends[-1], r, world, case.order, ends) for r in ranks]
             heads = [of(r) for r in range(width)]
             there = exchange_op(counts, heads, token, ranks).sent_bytes(rank)
             # The way back is the transpose: what came is sent.

@@ -65,24 +65,27 @@ def counted(_: DeviceMesh, case: Case, world: int) -> tuple[list[int], ...]:
 @pytest.mark.parametrize("world", [2, 4, 8])
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
 @pytest.mark.parametrize(
-    ("dtype", "grads_in"), [(torch.float32, "float32"), (torch.bfloat16, "compute")]
+    ("dtype", "grads_in", "causal"),
+    [(torch.float32, "float32", False), (torch.bfloat16, "compute", True)],
 )
 def test_a_real_ring_sends_what_the_formulas_say(
-    eight_ranks: Ranks, world: int, group: int, dtype: torch.dtype, grads_in: str
+    eight_ranks: Ranks, world: int, group: int, dtype: torch.dtype, grads_in: str, causal: bool
 ) -> None:
     """Over all ranks, in units of M, all queries; keys and values are M/group each.
 
     Forward 2(P-1)/group. Backward 4(P-1)/group, or 3(P-1) and two statistics a row: each a hop
     less than BurstAttention's (arXiv 2403.09347), as a rank's own share stays. "auto" is the less.
+    Of a causal sequence the last piece's keys and the first one's queries stay, too.
     """
     heads, head_dim, length = 8, 8, 16 * world
     case = Case(
-        *((0, length), True, None, Order.ZIGZAG, heads, heads // group, 1, dtype, True, 0.3, 1),
+        *((0, length), causal, None, Order.ZIGZAG, heads, heads // group, 1, dtype, True, 0.3, 1),
         grads_in=grads_in,
     )
     found = eight_ranks.run(counted, case, world, world=8)
     total = torch.tensor(found).sum(0)
-    m, statistics = length * heads * head_dim * dtype.itemsize, 2 * length * heads * 4
+    travelling = length - causal * length // (2 * world)
+    m, statistics = travelling * heads * head_dim * dtype.itemsize, 2 * travelling * heads * 4
     (forward, kv), (_, q), (_, auto) = total.tolist()
     assert forward == 2 * (world - 1) * m // group
     assert kv == 4 * (world - 1) * m // group

@@ -42,7 +42,8 @@ def attend(
     """Exact attention over a sequence whose tokens are sharded over ``mesh``.
 
     q ``(B, Hq, S_local, D)``, k and v ``(B, Hkv, S_local, D)``, Hq a multiple of Hkv; S_local is
-    this rank's share of any global length in ``order`` (``longspan.positions``). Returns
+    this rank's share of any global length in ``order`` (``longspan.positions``, which in balanced
+    order wants the documents, too). Returns
     ``(B, Hq, S_local, D)`` in q's dtype. ``scale`` defaults to 1/√D. With a ``window``
     each token sees itself and the window-1 tokens before it, as transformers' ``sliding_window``.
     ``cu_seqlens``: where packed documents start in the *global* sequence and where the last ends,
@@ -108,8 +109,7 @@ def attend(
         return turn(q, k, v, sinks, ring, group, scale, travels, grads_in, kept)
 
     if inside == "heads":
-        both = documents[-1], kv_documents[-1]
-        return exchange_heads(q, k, v, sinks, mesh, order, both, attend_here)
+        return exchange_heads(*(q, k, v, sinks, mesh, order, documents, kv_documents), attend_here)
     ranks_inside = mesh.size(mesh.ndim - 1)
     return attend_here(q, k, v, sinks, group, group.size(), node_ranks=ranks_inside)
 
@@ -124,7 +124,7 @@ def _ends(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
 def _check_share(
     name: str, tokens: int, documents: tuple[int, ...], group: dist.ProcessGroup, order: Order
 ) -> None:
-    expected = local_length(documents[-1], group.rank(), group.size(), order)
+    expected = local_length(documents[-1], group.rank(), group.size(), order, documents)
     if tokens != expected:
         raise LayoutError(
             f"rank {group.rank()} of {group.size()} holds {expected} of {documents[-1]} tokens in "

@@ -25,22 +25,24 @@ def exchange_heads(
     sinks: Tensor | None,
     mesh: DeviceMesh,
     order: Order,
-    lengths: tuple[int, int],
+    documents: tuple[int, ...],
+    kv_documents: tuple[int, ...],
     attend_here: Callable[..., Tensor],
 ) -> Tensor:
     """Attention with a head exchange on the mesh's last axis, and a ring over the other, if any.
 
     The ranks of the last axis gather each other's tokens, for a share of the heads, and
     ``attend_here(q, k, v, sinks, group, world, width=…)`` attends with what is gathered, on a ring
-    of ``world`` places of ``width`` ranks. ``lengths``: queries and keys of the whole sequence.
-    Other arguments are those of ``attend``, checked.
+    of ``world`` places of ``width`` ranks. Other arguments are
+    those of ``attend``, checked.
     """
     inner = mesh.get_group(mesh.ndim - 1)
     width, places = inner.size(), mesh.size() // inner.size()
     place = mesh.get_local_rank(0) if mesh.ndim == 2 else 0
     ranks = range(place * width, (place + 1) * width)
     q_dealt, kv_dealt = (
-        [positions(length, rank, mesh.size(), order) for rank in ranks] for length in lengths
+        [positions(ends[-1], rank, mesh.size(), order, ends) for rank in ranks]
+        for ends in (documents, kv_documents)
     )
     shares = HeadShares(q.shape[1], k.shape[1], width)
     q_shares = [shares.q(rank) for rank in range(width)]

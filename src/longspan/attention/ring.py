@@ -40,19 +40,18 @@ def _play(
     group: dist.ProcessGroup | None,
     payload: Flat,
     gradient: Sums | None,
-    compute: Callable[[Block, list[Tensor], list[Tensor]], None],
-) -> list[Tensor]:
+    compute: Callable[[Block, Sequence[Tensor], Sequence[Tensor]], None],
+) -> None:
     """Go through the rounds: ``compute(block, held, sums)`` adds to ``sums`` in backward.
 
-    Returns the gradient of this rank's own payload, summed over all ranks.
+    The gradient of this rank's own payload, over all ranks, is added to ``gradient``'s own.
     """
     rank = _rank(group)
     # What goes to the next node may take as long as the inner ring's whole turn.
     ring = payload.ring
     mail = Mailbox(group, payload.empty, rounds=2 if ring.node == ring.world else ring.node + 1)
     grad_mail = Mailbox(group, gradient.arriving, tag=1) if gradient else None
-    held = {rank: payload.filled(payload.like)}
-    own = gradient.zeros(rank) if gradient else None
+    held = {rank: payload.filled(rank)}
     mail.announce(turns[0].payload)
     for number, turn in enumerate(turns):
         source = turn.source
@@ -61,28 +60,29 @@ def _play(
         for arrived in mail.take(source) if source != rank else ():
             held[source] = arrived
         mail.start(turn.payload, held.__getitem__)
-        sums = own
+        sums: dict[int, Tensor] = {}
         if gradient and grad_mail:
             grad_mail.announce(turn.grads)
             if source != rank:
-                sums = gradient.zeros(source)
-        if turn.blocks and held[source].numel():
+                sums[source] = gradient.zeros(source)
+        views: Sequence[Tensor] = payload.own
+        parts: Sequence[Tensor] = gradient.own.own if gradient else ()
+        if turn.blocks and source != rank:
             views = payload.views(held[source], source)
-            parts = gradient.wide.views(sums, source) if gradient and sums is not None else []
+            parts = gradient.own.views(sums[source], source) if gradient else ()
+        if views[0].numel():  # a rank may have no heads
             for block in turn.blocks:
                 compute(block, views, parts)
-        if gradient and grad_mail and sums is not None:
+        if gradient and grad_mail:
             if source != rank:
-                gradient.add(sums, grad_mail.take(source), source)
+                gradient.join(sums[source], grad_mail.take(source), source)
             grad_mail.start(turn.grads, partial(gradient.leaving, sums))
         if source != rank:
             held.pop(source, None)
     mail.finish()
-    if not gradient or not grad_mail or own is None:
-        return []
-    gradient.add(own, grad_mail.take(rank), rank)
-    grad_mail.finish()
-    return gradient.wide.views(own, rank)
+    if gradient and grad_mail:
+        gradient.home(grad_mail.take(rank), rank)
+        grad_mail.finish()
 
 
 class RingAttention(torch.autograd.Function):
@@ -107,21 +107,21 @@ class RingAttention(torch.autograd.Function):
         late: Late | None,
     ) -> tuple[Tensor, Tensor]:
         rank, early = _rank(group), ring if late is None else replace(ring, stop=late.stop)
-        count, keys = tokens(early, rank), tokens(early, rank, keys=True)
+        count = tokens(early, rank)
         kernel, wide = kernel_for(q, v), accumulation_dtype(q.dtype)
         # Heads inside tokens, as models go on with it: else a transposed copy would be kept, too.
         size = (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
         out = q.new_zeros(size, dtype=wide).transpose(1, 2)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
 
-        def compute(block: Block, held: list[Tensor], _: list[Tensor]) -> None:
+        def compute(block: Block, held: Sequence[Tensor], _: Sequence[Tensor]) -> None:
             rows, columns = _cuts(block)
             kv = [x[:, :, columns] for x in held]
             run = Flipped(kernel) if block.flipped else kernel
             part = run.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
             merge_(out[:, :, rows], lse[:, :, rows], *part)
 
-        payload = Flat(early, True, (k[:, :, :keys], v[:, :, :keys]))
+        payload = Flat(early, "kv", (k, v))
         _play(rounds(early, rank), group, payload, None, compute)
         if sinks is not None:  # a sink is one more key, whose value is 0
             rows = lse[:, :, :count]
@@ -147,7 +147,9 @@ class RingAttention(torch.autograd.Function):
             weights = (_by_row(sinks, lse) - lse).exp().masked_fill(lse == -torch.inf, 0.0)
             dsinks = -(weights * _row_sums(dout, out)).sum((0, 2)).to(sinks.dtype)
 
-        def add(block: Block, query: list[Tensor], keys: list[Tensor], sums: list[Tensor]) -> None:
+        def add(
+            block: Block, query: list[Tensor], keys: Sequence[Tensor], sums: Sequence[Tensor]
+        ) -> None:
             """``query``: the block's rows of dout, q, out, lse; ``sums``: of dq, and dk, dv."""
             _, columns = _cuts(block)
             dout, q, out, lse = query
@@ -160,7 +162,7 @@ class RingAttention(torch.autograd.Function):
 
         if ctx.travels == "kv":
 
-            def compute_kv(block: Block, held: list[Tensor], sums: list[Tensor]) -> None:
+            def compute_kv(block: Block, held: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
                 rows, _ = _cuts(block)
                 add(
                     block,
@@ -169,21 +171,20 @@ class RingAttention(torch.autograd.Function):
                     [dq[:, :, rows], *sums],
                 )
 
-            summed = Sums(Flat(ring, True, (dk, dv)), ctx.wire)
-            dk, dv = _play(turns, group, Flat(ring, True, (k, v)), summed, compute_kv)
+            sums = Sums(Flat(ring, "kv", (dk, dv)), ctx.wire)
+            _play(turns, group, Flat(ring, "kv", (k, v)), sums, compute_kv)
         else:
             delta = _row_sums(dout, out)
 
-            def compute_q(block: Block, held: list[Tensor], sums: list[Tensor]) -> None:
+            def compute_q(block: Block, held: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
                 lse, delta, q, dout = held
                 rows, _ = _cuts(block)
                 out = _stand_in(dout[:, :, rows], delta[:, :, rows], dout.dtype)
                 query = [dout[:, :, rows], q[:, :, rows], out, lse[:, :, rows]]
                 add(block, query, [k, v], [sums[0][:, :, rows], dk, dv])
 
-            payload = Flat(ring, False, (lse, delta, q, dout))
-            summed = Sums(Flat(ring, False, (dq,)), ctx.wire)
-            (dq,) = _play(turns, group, payload, summed, compute_q)
+            sums = Sums(Flat(ring, "q", (dq,)), ctx.wire)
+            _play(turns, group, Flat(ring, "q", (lse, delta, q, dout)), sums, compute_q)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, *[None] * 6
 
 

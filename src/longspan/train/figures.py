@@ -13,8 +13,8 @@ from longspan.data.packing import PackedSequence
 from longspan.layout import Order, local_length
 from longspan.models.windows import layer_windows
 from longspan.schedule.heads import HeadShares, exchange_op
-from longspan.schedule.ring import Ring
-from longspan.schedule.rounds import cheapest, comms, rounds
+from longspan.schedule.ring import imbalance, pairs
+from longspan.schedule.rounds import cheapest, comms
 from longspan.train.config import Parallel
 
 __all__ = ["ring_figures"]
@@ -29,13 +29,14 @@ def ring_figures(
 ) -> dict[str, float]:
     """Of the sequences of one sequence-parallel group, forward and backward, over all layers.
 
-    ``attention_imbalance``: the busiest rank's query-key pairs over the mean (1 is even).
+    ``attention_imbalance``: the busiest rank's query-key pairs over the mean (1 is even);
+    ``token_imbalance``: its tokens, which all other work and memory grow with.
     ``ring_bytes``: bytes that its ranks send each other.
     """
     q, k, v = like = _tensors(model, dtype)
     order, exchanged = Order.of(ways.order), ways.inside == "heads"
     windows = Counter(layer_windows(model))
-    pairs, sent = [0] * world, 0
+    work, held, sent = [0] * world, [0] * world, 0
     for sequence, (window, layers) in product(sequences, windows.items()):
         documents = tuple(sequence.cu_seqlens.tolist())
         ring = ring_of(
@@ -43,18 +44,23 @@ def ring_figures(
             window=window,
             grads_in=ways.grads_in,
         )
+        counts = [local_length(documents[-1], r, world, order, documents) for r in range(world)]
+        held = [total + layers * count for total, count in zip(held, counts, strict=True)]
         if exchanged:
             shares = HeadShares(q.shape[1], k.shape[1], world)
-            for rank in range(world):
-                pairs[rank] += layers * _pairs(ring, 0) * len(shares.q(rank))
-            sent += layers * _exchanged(documents[-1], order, shares, like)
-            continue
+            sent += layers * _exchanged(counts, shares, like)
         for rank in range(world):
-            pairs[rank] += layers * _pairs(ring, rank)
+            if exchanged:
+                work[rank] += layers * pairs(ring, 0) * len(shares.q(rank))
+                continue
+            work[rank] += layers * pairs(ring, rank)
             ops = (*comms(ring, rank), *comms(ring, rank, True, cheapest(ring)))
             sent += layers * sum(op.sent_bytes(rank) for op in ops)
-    imbalance = max(pairs) * world / max(1, sum(pairs))
-    return {"attention_imbalance": imbalance, "ring_bytes": float(sent)}
+    return {
+        "attention_imbalance": imbalance(work),
+        "token_imbalance": imbalance(held),
+        "ring_bytes": float(sent),
+    }
 
 
 def _tensors(model: PreTrainedConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,17 +75,10 @@ def _tensors(model: PreTrainedConfig, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def _pairs(ring: Ring, rank: int) -> int:
-    return sum(block.pairs for turn in rounds(ring, rank) for block in turn.blocks)
-
-
-def _exchanged(
-    length: int, order: Order, shares: HeadShares, like: tuple[Tensor, Tensor, Tensor]
-) -> int:
+def _exchanged(counts: list[int], shares: HeadShares, like: tuple[Tensor, Tensor, Tensor]) -> int:
     """Bytes of a layer's head exchanges: there and back, and their gradients the same way."""
     q, k, v = like
     ranks = range(shares.world)
-    counts = [local_length(length, rank, shares.world, order) for rank in ranks]
     of_q, of_kv = ([of(rank) for rank in ranks] for of in (shares.q, shares.kv))
     dims = ((of_q, q), (of_q, v), (of_kv, k), (of_kv, v))  # the output has the values' head dim
     ops = [exchange_op(counts, of, x.shape[3] * x.element_size(), ranks) for of, x in dims]
