@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from longspan.attention.heads import to_heads, to_tokens
+from longspan.attention.heads import Dealt, to_heads, to_tokens
 from longspan.attention.kept import Kept
 from longspan.attention.ring import ring_of, turn
 from longspan.layout import Order, positions
@@ -43,12 +43,11 @@ def exchange_heads(
     width, places = inner.size(), mesh.size() // inner.size()
     place = mesh.get_local_rank(0) if mesh.ndim == 2 else 0
     dealt = [positions(documents[-1], place * width + r, mesh.size(), order) for r in range(width)]
-    counts = [len(part) for part in dealt]
+    counts = tuple(len(part) for part in dealt)
     shares = HeadShares(q.shape[1], k.shape[1], width)
-    q_shares = [shares.q(rank) for rank in range(width)]
-    kv_shares = [shares.kv(rank) for rank in range(width)]
-    q_here = to_heads(q, counts, q_shares, inner)
-    k_here, v_here = (to_heads(x, counts, kv_shares, inner) for x in (k, v))
+    q_dealt = Dealt(q.shape[1], counts, tuple(shares.q(rank) for rank in range(width)))
+    kv_dealt = Dealt(k.shape[1], counts, tuple(shares.kv(rank) for rank in range(width)))
+    q_here, k_here, v_here = to_heads((q, k, v), (q_dealt, kv_dealt, kv_dealt), inner)
     if not shares.even(inner.rank()):
         one_each = torch.tensor(shares.kv_of_q(inner.rank()), device=k.device)
         k_here, v_here = (x.index_select(1, one_each) for x in (k_here, v_here))
@@ -63,4 +62,4 @@ def exchange_heads(
     out = turn(*here, ring, outer, scale, travels, kept)
     if ascending is not None:
         out = out.index_select(2, ascending.argsort())
-    return to_tokens(out, counts, q_shares, q.shape[1], inner)
+    return to_tokens(out, q_dealt, inner)
