@@ -97,7 +97,9 @@ class AttentionKernels:
 
     def attend(self, turn: Round, first: bool, backward: bool) -> Sequence[Named]:
         """A kernel and a pass for each block."""
-        name, factor = ("backward", _BACKWARD) if backward else ("forward", 1.0)
+        name, kind, factor = "forward", "attention", 1.0
+        if backward:
+            name, kind, factor = "backward", "attention backward", _BACKWARD
         found: list[Named] = []
         for block in turn.blocks:
             flops = factor * 4 * self.heads * self.head_dim * block.pairs
@@ -105,7 +107,7 @@ class AttentionKernels:
             if backward:
                 numbers += 2 * self.kv_heads * (block.kv_stop - block.kv_start)
             size = numbers * self.head_dim * (self.dtype_bytes + 8)
-            found.append((name, Compute("attention", flops, dtype=self.dtype)))
+            found.append((name, Compute(kind, flops, dtype=self.dtype)))
             found.append(("add up", Compute("elementwise", 0, size, self.dtype)))
         return found
 
