@@ -263,10 +263,13 @@ def main() -> None:
     mha = first[SIZES[0][0], 1]
     forward = {name: mha[name]["forward_bytes"] for name in names}
     backward = {name: mha[name]["backward_bytes"] for name in names}
+    # The kv-ring here is frugal, too: the usual one's gradients make 4 hops to come home, not 3.
+    usual = backward["kv-ring"] * (2 * 3 + 2 * 4) / (4 * 3)
     figures = {
         "grid_points": len(over),
         "chosen_over_fastest_worst": round(max(over), 3),
         "forward_slow_link_bytes_double_over_flat": round(forward["double"] / forward["flat"], 3),
+        "mha_backward_bytes_flat_over_usual_ring": round(backward["flat"] / usual, 3),
         "mha_backward_bytes_flat_over_kv_ring": round(backward["flat"] / backward["kv-ring"], 3),
         "mha_backward_bytes_double_over_kv_ring": round(
             backward["double"] / backward["kv-ring"], 3
@@ -283,7 +286,7 @@ def main() -> None:
     targets = {
         "chosen_over_fastest_worst": 1.03,
         "forward_slow_link_bytes_double_over_flat": 0.68,
-        "mha_backward_bytes_flat_over_kv_ring": 0.76,
+        "mha_backward_bytes_flat_over_usual_ring": 0.75,
         "step_over_longer_of_compute_and_send_worst": {"rings": 1.15, "chosen": 1.15},
     }
     conclude("attention", figures, targets, _hold(figures, targets), console.export_text())

@@ -125,7 +125,7 @@ class Pricer:
     def ring(self, way: Way, backward: bool, travels: Travels) -> Priced:
         """All rounds of a ring, forward or backward."""
         few = way.places < _ALIKE_FROM
-        by_round = self._by_round if few else self._alike_rounds
+        by_round = self.by_round if few else self.alike_rounds
         computed, payload, grads = by_round(way, backward, travels)
         node = self.cluster.fabric.node
         inner_ranks = way.node_ranks or way.places
@@ -143,7 +143,7 @@ class Pricer:
             total += max(turn, self._wire(far))
         return Priced(total + self._wire(grads[-1]), every + grads[-1])
 
-    def _by_round(
+    def by_round(
         self, way: Way, backward: bool, travels: Travels
     ) -> tuple[list[float], list[list[Send]], list[list[Send]]]:
         """For each round what the slowest rank computes, and the sends that are under way.
@@ -173,7 +173,7 @@ class Pricer:
                                 ]
         return computed, payload, grads
 
-    def _alike_rounds(
+    def alike_rounds(
         self, way: Way, backward: bool, travels: Travels
     ) -> tuple[list[float], list[list[Send]], list[list[Send]]]:
         """The same as if every rank had as much to do in every round, and all went everywhere."""
