@@ -14,6 +14,8 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh
 
 MOST = 4
+# What every process needs is imported once; the processes are forks of one that has done nothing.
+SHARED = ["torch.distributed.device_mesh", "torch.distributed.fsdp", "longspan.attention.attend"]
 
 
 def free_port() -> int:
@@ -54,7 +56,8 @@ class Ranks:
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(SHARED)
         port = free_port()
         pipes = [context.Pipe() for _ in range(self._size)]
         self._orders = [ours for ours, _ in pipes]

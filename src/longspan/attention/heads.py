@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.attention.ring import accumulation_dtype
 from longspan.comm.exchange import exchange
 
 __all__ = ["Dealt", "to_heads", "to_tokens"]
@@ -101,10 +102,11 @@ def _joined(parts: Sequence[Tensor], dealt: Dealt) -> Tensor:
     if dealt.apart:
         return torch.cat(list(parts), dim=1)
     batch, _, here, dim = parts[0].shape
-    out = parts[0].new_zeros(batch, dealt.heads, here, dim)
+    dtype = accumulation_dtype(parts[0].dtype)
+    out = parts[0].new_zeros(batch, dealt.heads, here, dim, dtype=dtype)
     for share, part in zip(dealt.shares, parts, strict=True):
         out[:, share.start : share.stop] += part
-    return out
+    return out.to(parts[0].dtype)
 
 
 class _ToHeads(torch.autograd.Function):

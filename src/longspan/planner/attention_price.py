@@ -93,7 +93,9 @@ class Pricer:
         slowest, sends = 0.0, []
         for place in range(way.places):
             members = range(place * way.width, (place + 1) * way.width)
-            counts = [local_length(length, rank, world, self.order) for rank in members]
+            counts = [
+                local_length(length, rank, world, self.order, self.documents) for rank in members
+            ]
             group = [self.ranks[rank] for rank in members]
             out = exchange_op(counts, q_shares, token_bytes, group)
             kv = exchange_op(counts, kv_shares, 2 * token_bytes, group)

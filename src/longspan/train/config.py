@@ -58,8 +58,16 @@ class Parallel(_Section):
     """How sequences are spread; what isn't sequence parallel is data parallel."""
 
     sp: int | None = Field(None, ge=1, description="Ranks that share a sequence; none: all.")
-    order: Literal["contiguous", "zigzag", "striped"] = Field(
-        "zigzag", description="Which tokens of a sequence a rank holds."
+    order: Literal["contiguous", "zigzag", "striped", "balanced"] = Field(
+        "zigzag",
+        description="Which tokens of a sequence a rank holds; balanced: by its documents.",
+    )
+    inside: Literal["ring", "heads"] = Field(
+        "ring", description="How they attend: turn a ring, or exchange tokens for heads."
+    )
+    grads_in: Literal["float32", "compute"] = Field(
+        "float32",
+        description="What a ring's gradients travel in; compute: train.dtype, rounded at each hop.",
     )
 
 

@@ -79,7 +79,7 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
     if recorder.leader:
         figures |= ring_figures(
             *(batch.sequences, runner.model.config, getattr(torch, config.train.dtype)),
-            *(runner.sp.size(), runner.order),
+            *(runner.sp.size(), config.parallel),
         )
     recorder.step(progress.step + 1, figures)
     return Progress(progress.step + 1, batch.cursor), told > 0

@@ -70,7 +70,8 @@ def parallelize(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Pre
     Gradients are *summed* over ranks: the loss is divided by the global count of tokens, so they
     are right as they are.
     """
-    patch(model, mesh=mesh["sp"], order=config.parallel.order)
+    ways = config.parallel
+    patch(model, mesh=mesh["sp"], order=ways.order, inside=ways.inside, grads_in=ways.grads_in)
     match config.train.checkpointing:
         case "full":
             checkpoint_layers(model)
