@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from longspan.commands.plan_batches import plan_batches
 from longspan.commands.simulate import app as simulate
 from longspan.errors import LongspanError
 from longspan.lab.commands import app as lab
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command(name="plan-batches")(plan_batches)
 app.add_typer(simulate, name="simulate")
 app.add_typer(lab, name="lab")
 

@@ -156,7 +156,7 @@ def _group(team: Team, prices: Prices, order: Ints, taken: list[int]) -> Group:
     for node, count in sorted(team.ranks.items()):
         ranks += prices.nodes[node][taken[node] : taken[node] + count]
         taken[node] += count
-    inside, sent = team.price.inside(team.tokens, team.pairs)
+    inside, sent, waits = team.price.inside(team.tokens, team.pairs, team.share)
     return Group(
         ranks=tuple(sorted(ranks)),
         sequences=tuple(int(order[item]) for item in sorted(team.items)),
@@ -164,4 +164,5 @@ def _group(team: Team, prices: Prices, order: Ints, taken: list[int]) -> Group:
         seconds=team.seconds,
         sent_bytes=sent,
         peak_bytes=prices.bytes_of(-(-team.tokens // len(ranks))),
+        sent_s=waits,
     )
