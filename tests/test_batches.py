@@ -1,11 +1,11 @@
 """Batches onto groups: optimal where that can be told, within memory, and exact about it."""
 
 from functools import lru_cache
-from itertools import combinations
 
 import numpy as np
 import pytest
 
+from longspan.cluster.cost import demand
 from longspan.cluster.fabric import Link
 from longspan.cluster.memory import Transformer
 from longspan.cluster.spec import Cluster, Device, cluster_from, uniform
@@ -14,7 +14,9 @@ from longspan.plan import BatchPlan
 from longspan.planner.batches import plan_batch, plan_priced
 from longspan.planner.prices import Prices
 from longspan.planner.published import PUBLISHED, published_prices
+from longspan.planner.wires import Wires
 from longspan.planner.workload import Workload
+from longspan.schedule.ops import Comm
 
 SMALL = Transformer(4, 256, 8, 4, 32, 512, 1000)
 
@@ -120,3 +122,125 @@ def test_small_batches_are_near_the_optimum() -> None:
     assert min(apart) > -1e-9
     assert np.mean(apart) <= 0.02, np.mean(apart)
     assert max(apart) <= 0.1, max(apart)
+
+
+def test_exact_mode_proves_the_optimum() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        prices = published_prices("7b", 4, memory_limit=160 << 30, powers_of_two=False)
+        lengths = random_lengths(rng, 5, prices.pools[0].prices[-1].most_tokens)
+        plan = plan_priced(lengths, prices, exact_s=20)
+        check(plan, prices, 160 << 30)
+        least = optimum(prices, lengths)
+        assert plan.seconds == pytest.approx(least, rel=1e-4)
+        assert plan.lower_bound_s == pytest.approx(least, rel=1e-4)
+
+
+@pytest.mark.parametrize("sharding", ["world", "node", "none"])
+@pytest.mark.parametrize("mode", ["flexible", "uniform", "static"])
+def test_plans_keep_to_memory_and_topology(mode: str, sharding: str) -> None:
+    rng = np.random.default_rng(2)
+    cluster, limit = slow_cluster(3, 4), 60 << 20
+    prices = Workload(cluster, SMALL, limit).prices(sharding, reduce_once=False)  # type: ignore[arg-type]
+    for count in (1, 7, 60):
+        lengths = random_lengths(rng, count, prices.capacity // 2)
+        plan = plan_priced(lengths, prices, mode=mode, longest=prices.capacity // 2)  # type: ignore[arg-type]
+        check(plan, prices, limit)
+        sizes = {len(g.ranks) for m in plan.micro_batches for g in m.groups}
+        if mode != "flexible":
+            assert len(sizes) == 1 and prices.world % sizes.pop() == 0
+        for micro in plan.micro_batches:
+            for group in micro.groups:
+                nodes = {rank // 4 for rank in group.ranks}
+                assert len(nodes) == -(-len(group.ranks) // 4)
+
+
+def test_flexible_beats_one_degree() -> None:
+    lengths = [6000, *[300] * 40]
+    took = {
+        mode: plan_batch(
+            lengths,
+            cluster=slow_cluster(),
+            model=SMALL,
+            memory_limit=200 << 20,
+            mode=mode,  # type: ignore[arg-type]
+            longest=8000,
+        ).seconds
+        for mode in ("flexible", "uniform", "static")
+    }
+    assert took["flexible"] < took["uniform"] <= took["static"]
+
+
+def test_a_slow_node_gets_less() -> None:
+    fast = slow_cluster().model_dump(mode="json")
+    device = fast["devices"]["device"]
+    half = {kind: {"float32": rates["float32"] / 2} for kind, rates in device["measured"].items()}
+    fast["devices"]["slow"] = device | {"measured": half, "bytes_per_s": device["bytes_per_s"] / 2}
+    node = fast["sites"][0]["nodes"][0]
+    fast["sites"][0]["nodes"] = [
+        node | {"devices": {"slow": 2}, "count": 1},
+        node | {"devices": {"device": 2}, "count": 1},
+    ]
+    plan = plan_batch(
+        [400] * 60, cluster=cluster_from(fast, "uneven"), model=SMALL, sharding="none"
+    )
+    held = [0] * 4
+    for micro in plan.micro_batches:
+        for group in micro.groups:
+            for rank in group.ranks:
+                held[rank] += sum(plan.lengths[i] for i in group.sequences) // len(group.ranks)
+    assert 1.6 < sum(held[2:]) / sum(held[:2]) < 2.4
+
+
+def test_same_arguments_same_plan() -> None:
+    lengths = random_lengths(np.random.default_rng(3), 200, 50_000)
+    prices = published_prices("7b", 64)
+    assert plan_priced(lengths, prices) == plan_priced(lengths, prices)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_models(name: str) -> None:
+    prices = published_prices(name, 64)
+    lengths = random_lengths(np.random.default_rng(4), 100, 100_000)
+    check(plan_priced(lengths, prices), prices, 28 << 30)
+
+
+def test_too_long_a_sequence_is_named() -> None:
+    prices = published_prices("7b", 8)
+    with pytest.raises(MemoryLimitError, match=r"sequence 1 has 900,000 tokens.*such devices"):
+        plan_priced([100, 900_000], prices)
+    with pytest.raises(MemoryLimitError, match="900,000"):
+        plan_priced([100], prices, mode="static", longest=900_000)
+    with pytest.raises(MemoryLimitError, match="GiB on each rank"):
+        plan_batch([10], cluster=slow_cluster(memory="8MiB"), model=SMALL)
+
+
+def test_what_cannot_be_planned() -> None:
+    prices = published_prices("7b", 8)
+    for lengths in ([], [0, 3]):
+        with pytest.raises(ConfigError, match="at least 1"):
+            plan_priced(lengths, prices)
+    with pytest.raises(ConfigError, match="published"):
+        published_prices("8b")
+    with pytest.raises(ConfigError, match="1 to 64"):
+        published_prices("7b", 65)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
+def test_exchange_costs_what_the_cluster_says(size: int) -> None:
+    """The closed form of an exchange is the price of its messages, one by one."""
+    cluster = slow_cluster(2, 3)
+    wires = Wires.of(cluster, [cluster.ranks_of_node(0), cluster.ranks_of_node(1)])
+    tokens, weight = 360, 720
+    counts = wires.counts(size)
+    ranks = tuple(
+        rank
+        for node, count in enumerate(counts.tolist())
+        for rank in cluster.ranks_of_node(node)[:count]
+    )
+    each = tokens * weight // size**2
+    asked = demand(Comm("all_to_all", ranks, (each,) * size**2), cluster)
+    took, sent = wires.all_to_all(counts, weight)
+    assert took * tokens == pytest.approx(asked.transfer_s)
+    assert wires.latency(counts) == pytest.approx(asked.latency_s)
+    assert sent * tokens == pytest.approx((size - 1) * each)

@@ -55,7 +55,7 @@ class Price(NamedTuple):
     def inside(
         self, tokens: float, pairs: float, share: int = 1
     ) -> tuple[Literal["ring", "heads"], int, float]:
-        """How attention is spread, what the busiest rank then sends, and seconds it waits for it."""
+        """How attention is spread, bytes that the busiest rank sends, and seconds it waits."""
         heads, ring = self._ways(tokens, pairs, share)
         if heads <= ring:
             waits = self.heads_fixed_s + self.heads_token_s * tokens * share

@@ -45,9 +45,10 @@ def draw_groups(plan: BatchPlan, world: int) -> str:
     busy = sum(
         len(group.ranks) * group.seconds for micro in plan.micro_batches for group in micro.groups
     ) / (world * total)
+    turns = len(plan.micro_batches)
     told = (
         f"{count(len(plan.lengths))} sequences on {count(world)} ranks in "
-        f"{len(plan.micro_batches)} micro-batches, {duration(plan.seconds)}; "
+        f"{turns} micro-batch{'es' * (turns > 1)}, {duration(plan.seconds)}; "
         f"ranks are at work {percent(busy)} of the time"
     )
     heading = svg.text(20, 34, "A batch on flexible groups", "title")
