@@ -1,10 +1,7 @@
-"""Steps on groups that change with every micro-batch, against one process; planning ahead."""
+"""Steps on groups that change with every micro-batch, against one process; meshes of any ranks."""
 
 import json
-import os
 import random
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longspan.comm.groups import Groups
 from longspan.comm.mesh import make_mesh
-from longspan.errors import LayoutError, PlanError
+from longspan.errors import LayoutError
 from longspan.plan import BatchPlan, Group, MicroBatch
-from longspan.train.ahead import Ahead
 from longspan.train.batches import Batches
 from longspan.train.config import Config
 from longspan.train.exactness import Exactness, exactness
@@ -49,7 +45,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def eight() -> Iterator[Ranks]:
     ranks = Ranks(8, preload=("test_flexible", "transformers.models.llama.modeling_llama"))
     yield ranks
-    ranks.stop()
+    ranks.stop(kill=True)
 
 
 def random_plan(lengths: list[int], world: int, draw: random.Random) -> BatchPlan:
@@ -115,3 +111,36 @@ def test_on_eight_ranks(eight: Ranks, documents: Path, shards: int, seed: int) -
 def check(found: Exactness | None) -> None:
     assert found is not None and found.documents == 24
     assert found.loss_difference < 1e-5 and found.gradient_difference < 1e-5
+
+
+def regrouped(_: DeviceMesh) -> tuple[list[int], list[float]]:
+    """How many sets are kept, and the sums that the groups made, in orders that overlap."""
+    here, world = dist.get_rank(), dist.get_world_size()
+    groups = Groups("cpu", most=2)
+    kept, sums = [], []
+    everyone = list(range(world))
+    rings = [tuple(sorted((r, (r + 1) % world))) for r in everyone]
+    asked = [rings, rings[::-1], [everyone, [0, 2], [1, 3]], [[0, 2]], [[1, 2, 3]], rings[1:3]]
+    for sets in asked:
+        meshes = groups.meshes(sets)
+        kept.append(len(groups._kept))
+        for ranks, mesh in zip(sets, meshes, strict=True):
+            assert (mesh is not None) == (here in ranks)
+            if mesh is not None:
+                value = torch.tensor(float(here))
+                dist.all_reduce(value, group=mesh.get_group())
+                sums.append(value.item() - sum(ranks))
+    with pytest.raises(LayoutError, match="ascending"):
+        groups.meshes([[1, 0]])
+    with pytest.raises(LayoutError, match="0 to 3"):
+        groups.meshes([[3, 4]])
+    assert groups.meshes([[0, 2]])[0] is groups.meshes([[0, 2]])[0]
+    assert groups.alone.size() == 1
+    groups.close()
+    return kept, sums
+
+
+def test_groups_overlap_in_any_order_and_are_bounded(ranks: Ranks) -> None:
+    for kept, sums in ranks.run(regrouped):
+        assert kept == [4, 4, 2, 2, 2, 2]
+        assert sums == [0.0] * len(sums)
