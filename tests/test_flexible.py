@@ -1,13 +1,21 @@
 """Steps on groups that change with every micro-batch, against one process; meshes of any ranks."""
 
 import json
+import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -21,7 +29,9 @@ from longspan.train.exactness import Exactness, exactness
 from longspan.train.grouped import group_sequences, grouped
 from longspan.train.parallelize import build_model, parallelize
 from longspan.train.step import StepRunner
+from longspan.trace import Note, curve, read_trace
 
+STEPS = 30
 MODEL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -144,3 +154,75 @@ def test_groups_overlap_in_any_order_and_are_bounded(ranks: Ranks) -> None:
     for kept, sums in ranks.run(regrouped):
         assert kept == [4, 4, 2, 2, 2, 2]
         assert sums == [0.0] * len(sums)
+
+
+def write_config(documents: Path, folder: Path) -> Path:
+    """Two devices in a node; memory for the longest document only if both share it."""
+    device = {"memory_bytes": 2**30, "bytes_per_s": 1e10, "peak": {"matmul": {"float32": 2e10}}}
+    link = {"bytes_per_s": 1e9, "latency_s": 2e-5}
+    cluster = {
+        "devices": {"cpu": device},
+        "sites": [{"nodes": [{"devices": {"cpu": 2}, "link": link}]}],
+    }
+    (folder / "cluster.yaml").write_text(yaml.safe_dump(cluster), encoding="utf-8")
+    config = {
+        "runs": str(folder),
+        "data": {"path": str(documents), "max_length": 400},
+        "model": {"type": "llama", "config": MODEL},
+        "parallel": {
+            "mode": "flexible",
+            "cluster": str(folder / "cluster.yaml"),
+            "memory_bytes": 2_300_000,
+        },
+        "train": {"steps": STEPS, "global_batch": 24, "validate_every": 20},
+        "checks": {"exactness": True},
+        "checkpoint": {"every": 10},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def children(pid: int) -> Iterator[int]:
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(status.read_text(encoding="utf-8").rpartition(")")[2].split()[1]) == pid:
+                yield int(status.parent.name)
+
+
+def kill_planner(run: subprocess.Popen[str]) -> None:
+    """Kill the planner of a run as soon as there is one."""
+    while run.poll() is None:
+        family = [run.pid, *children(run.pid)]
+        for pid in (grandchild for child in family for grandchild in children(child)):
+            with suppress(OSError):
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+                    return
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_flexible_run_and_what_it_goes_on_with(documents: Path, tmp_path: Path) -> None:
+    config = write_config(documents, tmp_path)
+    command = [sys.executable, "-m", "longspan", "train", str(config), "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    trace = tmp_path / "run" / "trace.jsonl"
+    before = list(read_trace(trace))
+    plans = [row.about for row in before if isinstance(row, Note) and row.kind == "plan"]
+    assert [plan["step"] for plan in plans] == list(range(1, STEPS + 1))
+    sizes = {len(g["ranks"]) for p in plans for m in p["micro_batches"] for g in m["groups"]}
+    assert sizes == {1, 2}
+    assert [step for step, _ in curve(before, "validation_loss")] == [20, STEPS]
+    losses = curve(before, "loss")
+    assert losses[-1][1] < losses[0][1]
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}")
+    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kill_planner(again)
+    _, told = again.communicate(timeout=200)
+    assert again.returncode == 0, told
+    after = list(read_trace(trace))[len(before) :]
+    assert curve(after, "loss") == losses[20:]
+    assert curve(after, "planner_restarts")[-1][1] == 1

@@ -18,6 +18,7 @@ from longspan.train.exactness import Exactness, exactness
 from longspan.train.optimize import make_optimizer
 from longspan.train.parallelize import build_model, parallelize
 from longspan.train.planned import PlannedBatches
+from longspan.train.planning import Planning, shards_of
 from longspan.train.record import Recorder
 from longspan.train.step import StepRunner
 
@@ -60,20 +61,22 @@ def make_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
     mesh = make_mesh(world, ways.sp or world, device.type)
     batches = Batches(config)
     batches.check(mesh["dp"].size())
-    planned, shards = _planned(config, batches, device) if ways.mode != "fixed" else (None, None)
     model = build_model(config, batches.tokenizer.vocab_size, device)
     parameters = model.num_parameters()
-    parallelize(model, config, mesh, shards)
+    planning = Planning(config, batches, model.config) if ways.mode != "fixed" else None
+    sharding = planning.sharding() if planning else ways.sharding
+    parallelize(model, config, mesh, shards_of(sharding, config))
+    runner = StepRunner(model, mesh, config.parallel.order)
     torch.manual_seed(config.train.seed + 1 + dist.get_rank())
     _describe(config, mesh, batches, parameters, recorder)
     return Job(
         config,
         mesh,
         batches,
-        StepRunner(model, mesh, config.parallel.order),
+        runner,
         make_optimizer(model, config.optimizer),
         recorder,
-        planned,
+        planning.start(runner, sharding) if planning else None,
     )
 
 

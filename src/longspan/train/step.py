@@ -51,7 +51,7 @@ class StepRunner:
         places = batch.places or (None,) * len(batch.sequences)
         work = zip(batch.sequences, places, strict=True)
         for number, (sequence, place) in enumerate(work, 1):
-            self._reduce_gradients(number == len(batch.sequences))
+            self.reduce_gradients(number == len(batch.sequences))
             loss = self.loss_sum(sequence, place) / batch.tokens
             loss.backward()
             total += loss.detach()
@@ -66,7 +66,8 @@ class StepRunner:
                 total += self.loss_sum(sequence)
         return summed(total / batch.tokens)[0]
 
-    def _reduce_gradients(self, now: bool) -> None:
+    def reduce_gradients(self, now: bool) -> None:
+        """Whether the next backward pass reduces gradients over the ranks, or only adds them up."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(now)
 
