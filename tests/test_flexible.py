@@ -23,13 +23,13 @@ from longspan.comm.groups import Groups
 from longspan.comm.mesh import make_mesh
 from longspan.errors import LayoutError
 from longspan.plan import BatchPlan, Group, MicroBatch
+from longspan.trace import Note, curve, read_trace
 from longspan.train.batches import Batches
 from longspan.train.config import Config
 from longspan.train.exactness import Exactness, exactness
 from longspan.train.grouped import group_sequences, grouped
 from longspan.train.parallelize import build_model, parallelize
 from longspan.train.step import StepRunner
-from longspan.trace import Note, curve, read_trace
 
 STEPS = 30
 MODEL = {

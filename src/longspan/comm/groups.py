@@ -9,6 +9,7 @@ different sets don't agree on: they would wait forever.)
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,11 +23,13 @@ class Groups:
     """Meshes of one axis, ``sp``, over sets of ranks: made when first asked for, and kept.
 
     At most ``most`` sets are kept beside the world and single ranks, those used last, unless one
-    call asks for more. To be made on all ranks, after the world's process group.
+    call asks for more. A silent peer is waited for ``timeout_s``. To be made on all ranks, after the
+    world's process group.
     """
 
-    def __init__(self, device_type: str, most: int = 64) -> None:
+    def __init__(self, device_type: str, most: int = 64, timeout_s: float = 300.0) -> None:
         self._device_type, self._most = device_type, most
+        self._timeout = timedelta(seconds=timeout_s)
         self._here, self._world = dist.get_rank(), dist.get_world_size()
         everyone = tuple(range(self._world))
         self._always: dict[tuple[int, ...], dist.ProcessGroup | None] = {
@@ -76,7 +79,7 @@ class Groups:
         return self._kept[ranks]
 
     def _make(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        group = dist.new_group(list(ranks))
+        group = dist.new_group(list(ranks), timeout=self._timeout)
         return group if self._here in ranks else None
 
     def _mesh(self, ranks: tuple[int, ...]) -> DeviceMesh:

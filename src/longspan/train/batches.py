@@ -64,6 +64,11 @@ class Batches:
         """Most tokens that a sequence can have."""
         return min(self.training.max_length, self.training.tokens)
 
+    @property
+    def longest_piece(self) -> int:
+        """Most tokens of a document, as it is trained on."""
+        return min(self.training.max_length, int(self.store.lengths.max()))
+
     def check(self, dp: int) -> None:
         """Raise ConfigError unless an epoch has a sequence for each data-parallel rank."""
         sequences = self.training.epoch_packs(0)
@@ -80,6 +85,10 @@ class Batches:
     def documents_of(self, cursor: int, count: int) -> tuple[Piece, ...]:
         """``count`` documents from ``cursor`` on, for a step whose sequences a plan groups."""
         return tuple(self.training.piece(cursor + n) for n in range(count))
+
+    def lengths_of(self, cursor: int, count: int) -> tuple[int, ...]:
+        """Tokens of each of these documents."""
+        return tuple(piece.length for piece in self.documents_of(cursor, count))
 
     def most_mixed(self, dp: int, steps: int = 256) -> int:
         """Where, among the first steps, the one with the most documents starts."""

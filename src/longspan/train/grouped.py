@@ -1,4 +1,4 @@
-"""A planned batch on this rank: what of it the rank works on, micro-batch by micro-batch, and where."""
+"""A planned batch on this rank: what of it the rank works on, and where, by micro-batch."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from longspan.data.store import Store
 from longspan.plan import BatchPlan
 from longspan.train.batches import Place, StepBatch
 
-__all__ = ["grouped", "group_sequences"]
+__all__ = ["group_sequences", "grouped"]
 
 
 def grouped(
@@ -26,12 +26,13 @@ def grouped(
     idle = Place(groups.alone, "ring", idle=True)
     first = pieces[0]
     for micro_batch in plan.micro_batches:
-        pack, place = (Piece(first.document, first.start, 1),), idle
+        pack: tuple[Piece, ...] = (Piece(first.document, first.start, 1),)
+        place = idle
         for group in micro_batch.groups:
             mesh = next(meshes)
             if mesh is not None:
                 pack = tuple(pieces[i] for i in group.sequences)
-                place = Place(mesh, group.inside)
+                place = Place(mesh, group.inside if mesh.size() > 1 else "ring")
         sequences.append(materialise(store, pack))
         places.append(place)
     tokens = sum(piece.length for piece in pieces)

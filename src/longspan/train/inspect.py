@@ -62,7 +62,7 @@ def _check_mode(config: Config, world: int) -> None:
         raise ConfigError(f"parallel.mode {ways.mode} needs train.global_batch, documents a step")
     if train.accumulate != 1:
         raise ConfigError(f"train.accumulate is the plan's to choose in mode {ways.mode}: leave it")
-    if ways.sp is not None and ways.mode != "static":
+    if ways.sp is not None:
         raise ConfigError(f"parallel.sp is the plan's to choose in mode {ways.mode}: leave it out")
 
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from longspan.comm.mesh import make_mesh
 from longspan.data.lengths import Lengths
 from longspan.models.leak import leak_probe
+from longspan.planner.prices import Sharding
 from longspan.train.ahead import Planned
 from longspan.train.batches import Batches, StepBatch
 from longspan.train.config import Config
@@ -64,9 +66,9 @@ def make_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
     model = build_model(config, batches.tokenizer.vocab_size, device)
     parameters = model.num_parameters()
     planning = Planning(config, batches, model.config) if ways.mode != "fixed" else None
-    sharding = planning.sharding() if planning else ways.sharding
+    sharding = planning.sharding() if planning else _unplanned(ways.sharding)
     parallelize(model, config, mesh, shards_of(sharding, config))
-    runner = StepRunner(model, mesh, config.parallel.order)
+    runner = StepRunner(model, mesh, ways.order)
     torch.manual_seed(config.train.seed + 1 + dist.get_rank())
     _describe(config, mesh, batches, parameters, recorder)
     return Job(
@@ -76,8 +78,12 @@ def make_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
         runner,
         make_optimizer(model, config.optimizer),
         recorder,
-        planning.start(runner, sharding) if planning else None,
+        planning.start(runner, sharding, recorder) if planning else None,
     )
+
+
+def _unplanned(sharding: Sharding | Literal["auto"]) -> Sharding:
+    return "world" if sharding == "auto" else sharding
 
 
 def prove(job: Job) -> None:

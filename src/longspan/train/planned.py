@@ -28,7 +28,8 @@ class _Said:
 class PlannedBatches:
     """Every step's documents, planned by rank 0 ahead of time and told to all.
 
-    ``planner`` is used on rank 0 only. All ranks make the same calls.
+    ``planner`` is used on rank 0 only, which gives it up after half of ``timeout_s``. All ranks make
+    the same calls.
     """
 
     def __init__(
@@ -44,12 +45,9 @@ class PlannedBatches:
         self._batches, self._groups, self._size = batches, groups, global_batch
         self._ahead: Ahead | None = None
         if dist.get_rank() == 0:
-            self._ahead = Ahead(planner, self._lengths, ahead=ahead, timeout_s=timeout_s)
-
-    def prepare(self, cursor: int) -> None:
-        """Start planning the step at ``cursor`` and those after it."""
-        if self._ahead:
-            self._ahead.prepare(cursor // self._size)
+            # The other ranks, who wait for its words, must not give up before rank 0 does.
+            self._ahead = Ahead(planner, self._lengths, ahead=ahead, timeout_s=timeout_s / 2)
+            self._ahead.prepare(0)
 
     def step(self, cursor: int) -> tuple[StepBatch, Planned]:
         """This rank's part of the step that starts at ``cursor``, and its plan.
@@ -74,8 +72,7 @@ class PlannedBatches:
         self._groups.close()
 
     def _lengths(self, number: int) -> tuple[int, ...]:
-        pieces = self._batches.documents_of(number * self._size, self._size)
-        return tuple(piece.length for piece in pieces)
+        return self._batches.lengths_of(number * self._size, self._size)
 
     def _told(self, cursor: int) -> Planned:
         said = _Said()

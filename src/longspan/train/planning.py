@@ -1,7 +1,11 @@
-"""Sets planning up for a run: what is planned for, how parameters are spread, how fast the model is."""
+"""Sets planning up: what a run is planned for, how parameters are spread, how fast the model is."""
 
+import hashlib
+import json
 import os
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
 from transformers import PreTrainedConfig
@@ -10,65 +14,116 @@ from longspan.cluster.spec import read_cluster
 from longspan.comm.agree import leaders_words
 from longspan.comm.groups import Groups
 from longspan.errors import ConfigError, LongspanError, PlanError
-from longspan.planner.batches import plan_batch
-from longspan.train.batches import Batches
+from longspan.models.windows import layer_windows
+from longspan.planner.batches import plan_priced
+from longspan.planner.prices import Prices, Sharding
+from longspan.planner.workload import Rates, Workload, shardings
+from longspan.train.ahead import Planner
+from longspan.train.batches import Batches, Place
 from longspan.train.config import Config
 from longspan.train.fit import transformer_sizes
 from longspan.train.planned import PlannedBatches
+from longspan.train.rates import measure_rates
+from longspan.train.record import Recorder
 from longspan.train.step import StepRunner
 
 __all__ = ["Planning", "shards_of"]
 
 
 class Planning:
-    """What a run's batches are planned with."""
+    """What a run's batches are planned with; raises ClusterError for a cluster without rates."""
 
     def __init__(self, config: Config, batches: Batches, model: PreTrainedConfig) -> None:
-        self._config, self._batches = config, batches
-        assert config.parallel.cluster and config.train.global_batch, "inspect() has asked for them"
-        self.cluster = read_cluster(config.parallel.cluster)
-        self._size = config.train.global_batch
-        self._plan = partial(
-            plan_batch,
-            cluster=self.cluster,
+        ways, train = config.parallel, config.train
+        assert ways.cluster and train.global_batch and ways.mode != "fixed", "inspect() has checked"
+        self._config, self._batches, self._size = config, batches, train.global_batch
+        self._mode = ways.mode
+        windows = set(layer_windows(model))
+        self._work = Workload(
+            cluster=read_cluster(ways.cluster),
             model=transformer_sizes(config, model),
-            memory_limit=config.parallel.memory_bytes,
-            mode=config.parallel.mode,
+            memory_limit=ways.memory_bytes,
+            checkpointing=train.checkpointing,
+            attention_kept=train.attention_kept,
+            window=windows.pop() if len(windows) == 1 else None,
         )
 
-    def sharding(self) -> str:
+    def sharding(self) -> Sharding:
         """What the config says, or what is best for the first batch; the same on all ranks.
 
-        It is one for the whole run, as parameters aren't moved between batches.
+        It is one for the whole run, as parameters aren't moved between batches. Raises PlanError,
+        on every rank, if that batch can't be planned.
         """
-        wanted = self._config.parallel.sharding
-        if wanted != "auto":
+        if (wanted := self._config.parallel.sharding) != "auto":
             return wanted
-        found = ""
+        best, wrong = "", ""
         if dist.get_rank() == 0:
-            try:
-                lengths = tuple(p.length for p in self._batches.documents_of(0, self._size))
-                found = self._plan(lengths).sharding
-            except LongspanError as error:
-                found = f"!{error}"
-        found = leaders_words(found)
-        if found.startswith("!"):
-            raise PlanError(found[1:])
-        return found
+            lengths = self._batches.lengths_of(0, self._size)
+            seconds: dict[str, float] = {}
+            for way in shardings(self._work.cluster):
+                try:
+                    seconds[way] = self._planner(self._work.prices(way))(lengths).seconds
+                except LongspanError as error:
+                    wrong = str(error)
+            best = min(seconds, key=seconds.__getitem__, default="")
+        if not (best := leaders_words(best)):
+            raise PlanError(leaders_words(wrong))
+        return best  # type: ignore[return-value]
 
-    def start(self, runner: StepRunner, sharding: str) -> PlannedBatches:
-        """Measure the model's pace, and begin to plan."""
-        groups = Groups(runner.device.type)
-        plan = partial(self._plan, sharding=sharding)
+    def start(self, runner: StepRunner, sharding: Sharding, recorder: Recorder) -> PlannedBatches:
+        """Measure how fast the model is, if a run before hasn't, and begin to plan."""
+        groups = Groups(runner.device.type, timeout_s=self._config.train.timeout_s)
+        path = self._config.run / "rates.json"
+        key = hashlib.sha256(f"{self._work} {sharding}".encode()).hexdigest()
+        rates = _kept(path, key)
+        if rates is None:
+            rates = self._measured(runner, groups, sharding)
+            if recorder.leader:
+                values = {kind: asdict(rate) for kind, rate in rates.items()}
+                path.write_text(json.dumps({"of": key, "rates": values}), encoding="utf-8")
+                recorder.note("rates", values)
+        prices = replace(self._work, rates=rates).prices(sharding)
         train = self._config.train
         return PlannedBatches(
             self._batches,
             groups,
-            plan,
+            self._planner(prices),
             global_batch=self._size,
             ahead=train.plan_ahead,
             timeout_s=train.timeout_s,
         )
+
+    def _measured(self, runner: StepRunner, groups: Groups, sharding: Sharding) -> dict[str, Rates]:
+        prices, training = self._work.prices(sharding), self._batches.training
+        most = min(pool.prices[0].most_tokens for pool in prices.pools if pool.prices[0].ranks == 1)
+        tokens = min(most, 2 * self._config.data.max_length)
+        alone = Place(groups.alone, "ring")
+        usual = training.tokens // training.pieces
+        rates = measure_rates(runner, alone, self._work.cluster, tokens, usual)
+        # What was measured has gathered parameters, too, which has a price of its own.
+        gather_s = 0.0 if prices.overlap else prices.gather_s
+        return {
+            kind: replace(rate, micro_batch_s=max(0.0, rate.micro_batch_s - gather_s))
+            for kind, rate in rates.items()
+        }
+
+    def _planner(self, prices: Prices) -> Planner:
+        longest = self._batches.longest_piece
+        return partial(plan_priced, prices=prices, mode=self._mode, longest=longest)
+
+
+def _kept(path: Path, key: str) -> dict[str, Rates] | None:
+    """What an earlier start of the run has measured, so that it goes on with the same plans."""
+    words = ""
+    if dist.get_rank() == 0 and path.is_file():
+        words = path.read_text(encoding="utf-8")
+    try:
+        kept = json.loads(leaders_words(words))
+        if kept["of"] == key:
+            return {kind: Rates(**values) for kind, values in kept["rates"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
 
 
 def shards_of(sharding: str, config: Config) -> int:
