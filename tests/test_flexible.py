@@ -21,13 +21,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longspan.comm.groups import Groups
 from longspan.comm.mesh import make_mesh
-from longspan.errors import LayoutError
+from longspan.errors import ConfigError, LayoutError
 from longspan.plan import BatchPlan, Group, MicroBatch
 from longspan.trace import Note, curve, read_trace
 from longspan.train.batches import Batches
-from longspan.train.config import Config
+from longspan.train.config import Config, load_config
 from longspan.train.exactness import Exactness, exactness
 from longspan.train.grouped import group_sequences, grouped
+from longspan.train.inspect import inspect
 from longspan.train.parallelize import build_model, parallelize
 from longspan.train.step import StepRunner
 
@@ -181,6 +182,25 @@ def write_config(documents: Path, folder: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (("parallel.mode=fixed",), "train.global_batch is for planned steps"),
+        (("parallel.cluster=null",), "run longspan probe"),
+        (("parallel.cluster=8xa100-40gb",), "devices, but there are 2 processes"),
+        (("train.global_batch=null",), "needs train.global_batch"),
+        (("train.accumulate=2",), "the plan's to choose"),
+        (("parallel.sp=1",), "the plan's to choose"),
+    ],
+)
+def test_settings_that_do_not_go_together(
+    documents: Path, tmp_path: Path, changes: tuple[str, ...], told: str
+) -> None:
+    config = load_config(write_config(documents, tmp_path), changes)
+    with pytest.raises(ConfigError, match=told):
+        inspect(config, 2, 2)
 
 
 def children(pid: int) -> Iterator[int]:

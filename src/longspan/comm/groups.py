@@ -23,8 +23,8 @@ class Groups:
     """Meshes of one axis, ``sp``, over sets of ranks: made when first asked for, and kept.
 
     At most ``most`` sets are kept beside the world and single ranks, those used last, unless one
-    call asks for more. A silent peer is waited for ``timeout_s``. To be made on all ranks, after the
-    world's process group.
+    call asks for more. A silent peer is waited for ``timeout_s``. To be made on all ranks, when the
+    world's process group stands.
     """
 
     def __init__(self, device_type: str, most: int = 64, timeout_s: float = 300.0) -> None:

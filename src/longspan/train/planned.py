@@ -28,8 +28,8 @@ class _Said:
 class PlannedBatches:
     """Every step's documents, planned by rank 0 ahead of time and told to all.
 
-    ``planner`` is used on rank 0 only, which gives it up after half of ``timeout_s``. All ranks make
-    the same calls.
+    ``planner`` is used on rank 0 only, which gives it up after half of ``timeout_s``. All ranks
+    make the same calls.
     """
 
     def __init__(
