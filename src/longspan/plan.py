@@ -46,6 +46,7 @@ class BatchPlan:
     """How one batch of uneven sequences is trained on (FlexSP, arXiv 2412.01523).
 
     ``sharding``: over which ranks parameters are spread. ``lower_bound_s``: no plan is faster.
+    ``reduce_once``: gradients are reduced in the last micro-batch, not in every one.
     """
 
     lengths: tuple[int, ...]
@@ -53,6 +54,7 @@ class BatchPlan:
     sharding: Literal["world", "node", "none"]
     seconds: float
     lower_bound_s: float
+    reduce_once: bool = True
 
 
 def write_plan(plan: Any, path: Path) -> None:
