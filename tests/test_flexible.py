@@ -74,7 +74,8 @@ def random_plan(lengths: list[int], world: int, draw: random.Random) -> BatchPla
             inside = draw.choice(["ring", "heads"])
             groups.append(Group(members, chosen, inside, 0.0, 0, 0))
         micro_batches.append(MicroBatch(tuple(groups), 0.0))
-    return BatchPlan(tuple(lengths), tuple(micro_batches), "world", 0.0, 0.0)
+    once = draw.random() < 0.7
+    return BatchPlan(tuple(lengths), tuple(micro_batches), "world", 0.0, 0.0, once)
 
 
 def exact(_: DeviceMesh, documents: Path, shards: int, seed: int, train: dict) -> Exactness | None:

@@ -34,7 +34,8 @@ class StepBatch:
     """A step's sequences on one rank, a micro-batch each; the counts are over all ranks.
 
     Every token has a target, so ``tokens`` is what the loss is divided by. ``places``: where each
-    sequence runs; none: all on the run's own mesh.
+    sequence runs; none: all on the run's own mesh. ``reduce_once``: gradients are added up on each
+    rank and reduced with the last micro-batch's, not after each.
     """
 
     sequences: tuple[PackedSequence, ...]
@@ -42,6 +43,7 @@ class StepBatch:
     documents: int
     cursor: int
     places: tuple[Place, ...] | None = None
+    reduce_once: bool = True
 
 
 class Batches:

@@ -36,7 +36,11 @@ def grouped(
         sequences.append(materialise(store, pack))
         places.append(place)
     tokens = sum(piece.length for piece in pieces)
-    return StepBatch(tuple(sequences), tokens, len(pieces), cursor, tuple(places))
+    return StepBatch(
+        *(tuple(sequences), tokens, len(pieces), cursor),
+        places=tuple(places),
+        reduce_once=plan.reduce_once,
+    )
 
 
 def group_sequences(

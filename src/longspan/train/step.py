@@ -31,15 +31,15 @@ class StepRunner:
 
     def loss_sum(self, sequence: PackedSequence, place: Place | None = None) -> Tensor:
         """The summed cross-entropy of this rank's tokens of one sequence, in float32."""
-        length = len(sequence.tokens)
+        ends = sequence.cu_seqlens.tolist()
         group = flat_group(place.mesh) if place else self.sp
-        own = positions(length, group.rank(), group.size(), self.order)
+        own = positions(ends[-1], group.rank(), group.size(), self.order, ends)
         tokens = torch.from_numpy(sequence.tokens)[own].to(self.device)
         targets = torch.from_numpy(sequence.targets)[own].to(self.device)
         loss: Tensor = self.model(
             input_ids=tokens[None],
             targets=targets[None],
-            cu_seqlens=sequence.cu_seqlens.tolist(),
+            cu_seqlens=ends,
             **({"mesh": place.mesh, "inside": place.inside} if place else {}),
         ).loss
         # An idle rank's backward runs as well: its peers wait for its part of every layer.
@@ -51,7 +51,7 @@ class StepRunner:
         places = batch.places or (None,) * len(batch.sequences)
         work = zip(batch.sequences, places, strict=True)
         for number, (sequence, place) in enumerate(work, 1):
-            self.reduce_gradients(number == len(batch.sequences))
+            self.reduce_gradients(number == len(batch.sequences) or not batch.reduce_once)
             loss = self.loss_sum(sequence, place) / batch.tokens
             loss.backward()
             total += loss.detach()
