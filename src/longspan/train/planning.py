@@ -15,10 +15,9 @@ from longspan.comm.agree import leaders_words
 from longspan.comm.groups import Groups
 from longspan.errors import ConfigError, LongspanError, PlanError
 from longspan.models.windows import layer_windows
-from longspan.planner.batches import plan_priced
-from longspan.planner.prices import Prices, Sharding
-from longspan.planner.workload import Rates, Workload, shardings
-from longspan.train.ahead import Planner
+from longspan.planner.batches import plan_batch
+from longspan.planner.prices import Sharding
+from longspan.planner.workload import Rates, Workload
 from longspan.train.batches import Batches, Place
 from longspan.train.config import Config
 from longspan.train.fit import transformer_sizes
@@ -31,21 +30,24 @@ __all__ = ["Planning", "shards_of"]
 
 
 class Planning:
-    """What a run's batches are planned with; raises ClusterError for a cluster without rates."""
+    """What a run's batches are planned with."""
 
     def __init__(self, config: Config, batches: Batches, model: PreTrainedConfig) -> None:
         ways, train = config.parallel, config.train
         assert ways.cluster and train.global_batch and ways.mode != "fixed", "inspect() has checked"
         self._config, self._batches, self._size = config, batches, train.global_batch
-        self._mode = ways.mode
         windows = set(layer_windows(model))
-        self._work = Workload(
-            cluster=read_cluster(ways.cluster),
-            model=transformer_sizes(config, model),
-            memory_limit=ways.memory_bytes,
-            checkpointing=train.checkpointing,
-            attention_kept=train.attention_kept,
-            window=windows.pop() if len(windows) == 1 else None,
+        self._cluster = read_cluster(ways.cluster)
+        self._work = {
+            "cluster": self._cluster,
+            "model": transformer_sizes(config, model),
+            "memory_limit": ways.memory_bytes,
+            "checkpointing": train.checkpointing,
+            "attention_kept": train.attention_kept,
+            "window": windows.pop() if len(windows) == 1 else None,
+        }
+        self._plan = partial(
+            plan_batch, **self._work, mode=ways.mode, longest=batches.longest_piece
         )
 
     def sharding(self) -> Sharding:
@@ -58,21 +60,18 @@ class Planning:
             return wanted
         best, wrong = "", ""
         if dist.get_rank() == 0:
-            lengths = self._batches.lengths_of(0, self._size)
-            seconds: dict[str, float] = {}
-            for way in shardings(self._work.cluster):
-                try:
-                    seconds[way] = self._planner(self._work.prices(way))(lengths).seconds
-                except LongspanError as error:
-                    wrong = str(error)
-            best = min(seconds, key=seconds.__getitem__, default="")
-        if not (best := leaders_words(best)):
-            raise PlanError(leaders_words(wrong))
-        return best  # type: ignore[return-value]
+            try:
+                best = self._plan(self._batches.lengths_of(0, self._size)).sharding
+            except LongspanError as error:
+                wrong = str(error)
+        if wrong := leaders_words(wrong):
+            raise PlanError(wrong)
+        return leaders_words(best)  # type: ignore[return-value]
 
     def start(self, runner: StepRunner, sharding: Sharding, recorder: Recorder) -> PlannedBatches:
         """Measure how fast the model is, if a run before hasn't, and begin to plan."""
-        groups = Groups(runner.device.type, timeout_s=self._config.train.timeout_s)
+        train = self._config.train
+        groups = Groups(runner.device.type, timeout_s=train.timeout_s)
         path = self._config.run / "rates.json"
         key = hashlib.sha256(f"{self._work} {sharding}".encode()).hexdigest()
         rates = _kept(path, key)
@@ -82,34 +81,30 @@ class Planning:
                 values = {kind: asdict(rate) for kind, rate in rates.items()}
                 path.write_text(json.dumps({"of": key, "rates": values}), encoding="utf-8")
                 recorder.note("rates", values)
-        prices = replace(self._work, rates=rates).prices(sharding)
-        train = self._config.train
         return PlannedBatches(
             self._batches,
             groups,
-            self._planner(prices),
+            partial(self._plan, sharding=sharding, rates=rates),
             global_batch=self._size,
             ahead=train.plan_ahead,
             timeout_s=train.timeout_s,
         )
 
     def _measured(self, runner: StepRunner, groups: Groups, sharding: Sharding) -> dict[str, Rates]:
-        prices, training = self._work.prices(sharding), self._batches.training
+        training = self._batches.training
+        prices = Workload(**self._work).prices(sharding, reduce_once=False)  # type: ignore[arg-type]
         most = min(pool.prices[0].most_tokens for pool in prices.pools if pool.prices[0].ranks == 1)
-        tokens = min(most, 2 * self._config.data.max_length)
+        # Gradients are whole while it's measured, so not all of the memory is used.
+        tokens = min(most * 3 // 4, 2 * self._config.data.max_length)
         alone = Place(groups.alone, "ring")
         usual = training.tokens // training.pieces
-        rates = measure_rates(runner, alone, self._work.cluster, tokens, usual)
+        rates = measure_rates(runner, alone, self._cluster, tokens, usual)
         # What was measured has gathered parameters, too, which has a price of its own.
         gather_s = 0.0 if prices.overlap else prices.gather_s
         return {
             kind: replace(rate, micro_batch_s=max(0.0, rate.micro_batch_s - gather_s))
             for kind, rate in rates.items()
         }
-
-    def _planner(self, prices: Prices) -> Planner:
-        longest = self._batches.longest_piece
-        return partial(plan_priced, prices=prices, mode=self._mode, longest=longest)
 
 
 def _kept(path: Path, key: str) -> dict[str, Rates] | None:
