@@ -35,6 +35,10 @@ def measure_rates(
     count = max(2, tokens // usual // 2 * 2)
     shapes = [[usual] * (count // 2), [usual] * count, [usual * count]]
     half, many, one = (_seconds(runner, place, shape) for shape in shapes)
+    # FSDP2 has added the gradients up out of reach; to be forgotten they must be reduced first.
+    runner.reduce_gradients(True)
+    _pass(runner, place, [1])
+    runner.model.zero_grad()
     held = [sum(shape) for shape in shapes]
     pairs = [sum(n * (n + 1) / 2 for n in shape) for shape in shapes]
     pair_s = max(0.0, (one - many) / (pairs[2] - pairs[1]))
@@ -55,17 +59,18 @@ def measure_rates(
 
 def _seconds(runner: StepRunner, place: Place, lengths: list[int]) -> float:
     """The median of some passes over documents of these lengths, after one that doesn't count."""
+    runner.reduce_gradients(False)
+    return median([_pass(runner, place, lengths) for _ in range(_REPEATS + 1)][1:])
+
+
+def _pass(runner: StepRunner, place: Place, lengths: list[int]) -> float:
+    """Seconds of forward and backward on this rank, started together with the others."""
     ends = np.cumsum([0, *lengths], dtype=np.int64)
     tokens = np.arange(ends[-1]) % runner.model.config.vocab_size
     sequence = PackedSequence(tokens, tokens, ends)
-    runner.reduce_gradients(False)
-    times = []
-    for _ in range(_REPEATS + 1):
-        dist.barrier()
-        start = time.perf_counter()
-        runner.loss_sum(sequence, place).backward()
-        if runner.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        runner.model.zero_grad()
-    return median(times[1:])
+    dist.barrier()
+    start = time.perf_counter()
+    runner.loss_sum(sequence, place).backward()
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
