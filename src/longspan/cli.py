@@ -10,8 +10,8 @@ import typer
 from longspan.commands.checkpoints import export, verify
 from longspan.commands.doctor import doctor
 from longspan.commands.emit import emit
-from longspan.commands.report import report
 from longspan.commands.plan_batches import plan_batches
+from longspan.commands.report import report
 from longspan.commands.simulate import app as simulate
 from longspan.commands.watch import watch
 from longspan.errors import LongspanError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,7 +22,7 @@ __all__ = ["plan_batches"]
 
 # Sizes of Llama 7B, 13B and 30B (Touvron et al., arXiv 2302.13971), layers, hidden, heads, ffn.
 _LLAMA = {"7b": (32, 4096, 32, 11008), "13b": (40, 5120, 40, 13824), "30b": (60, 6656, 52, 17920)}
-_MODES = ("static", "uniform", "flexible")
+_MODES: tuple[Literal["flexible", "uniform", "static"], ...] = ("static", "uniform", "flexible")
 
 
 def plan_batches(
@@ -67,7 +67,7 @@ def plan_batches(
         "checkpointing": checkpointing,
         "powers_of_two": powers_of_two,
     }
-    found = {
+    found: dict[str, list[BatchPlan]] = {
         mode: [plan_batch(step, **how, mode=mode, longest=longest) for step in steps]
         for mode in _MODES
     }

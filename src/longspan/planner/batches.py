@@ -5,7 +5,7 @@ size of group a batch, the best; "static" one for the whole run, the smallest th
 longest sequence there may be.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Literal
@@ -20,7 +20,7 @@ from longspan.planner.bound import lower_bound
 from longspan.planner.pack import Batch, Shelf, Team, place
 from longspan.planner.prices import Ints, Prices, Sharding
 from longspan.planner.search import search, total_s
-from longspan.planner.workload import Workload, shardings
+from longspan.planner.workload import Rates, Workload, shardings
 
 __all__ = ["Mode", "plan_batch", "plan_priced"]
 
@@ -42,19 +42,21 @@ def plan_batch(
     window: int | None = None,
     powers_of_two: bool = False,
     exact_s: float = 0.0,
+    rates: Mapping[str, Rates] | None = None,
 ) -> BatchPlan:
     """Plan one batch of sequences with so many tokens each onto all ranks of ``cluster``.
 
     ``memory_limit``: bytes of a device that may be used, all by default. ``longest``: tokens of the
     longest sequence of the run, on which a static plan depends. ``sharding`` of the parameters, and
     whether gradients are reduced once a batch instead of once a micro-batch: by default what is
-    best for this batch. With ``exact_s`` a flexible plan of a small batch is also sought, and its
-    bound proven, by integer programs of at most so many seconds. The same arguments give the same
-    plan. Raises
-    MemoryLimitError if a sequence fits no group, ConfigError for lengths that can't be.
+    best for this batch. ``rates``: what devices were measured to take. With ``exact_s`` a flexible
+    plan of a small batch is also sought, and its bound proven, by integer programs of at most so
+    many seconds. The same arguments give the same plan. Raises MemoryLimitError if a sequence fits
+    no group, ConfigError for lengths that can't be.
     """
     work = Workload(
-        *(cluster, model, memory_limit, checkpointing, attention_kept, window, powers_of_two)
+        *(cluster, model, memory_limit, checkpointing, attention_kept, window, powers_of_two),
+        rates=rates,
     )
     plans, errors = [], []
     spreads = (sharding,) if sharding else shardings(cluster)

@@ -167,7 +167,8 @@ def _thinned(limits: Floats) -> Floats:
     """Ascending, none within a hundredth of the next larger one."""
     every = np.unique(limits)
     keep = np.append(np.diff(np.floor(np.log(every) / np.log(1.01))) > 0, [True])
-    return every[keep]
+    kept: Floats = every[keep]
+    return kept
 
 
 def _added(values: Floats) -> Floats:
