@@ -22,7 +22,8 @@ class Group:
     """Ranks that share ``sequences`` (places in the batch's lengths) in one micro-batch.
 
     ``inside``: how attention is spread over several ranks, a ring or a head exchange.
-    ``sent_bytes`` and ``peak_bytes``: what its busiest rank sends, and holds at most.
+    ``sent_bytes`` and ``peak_bytes``: what its busiest rank sends, and holds at most; ``sent_s``:
+    the seconds of it all in which it waits for that.
     """
 
     ranks: tuple[int, ...]
@@ -31,6 +32,7 @@ class Group:
     seconds: float
     sent_bytes: int
     peak_bytes: int
+    sent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class BatchPlan:
     """How one batch of uneven sequences is trained on (FlexSP, arXiv 2412.01523).
 
     ``sharding``: over which ranks parameters are spread. ``lower_bound_s``: no plan is faster.
+    ``reduce_once``: gradients are reduced in the last micro-batch, not in every one.
     """
 
     lengths: tuple[int, ...]
@@ -53,6 +56,7 @@ class BatchPlan:
     sharding: Literal["world", "node", "none"]
     seconds: float
     lower_bound_s: float
+    reduce_once: bool = True
 
 
 def write_plan(plan: Any, path: Path) -> None:

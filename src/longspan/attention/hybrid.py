@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from longspan.attention.heads import to_heads, to_tokens
+from longspan.attention.heads import Dealt, to_heads, to_tokens
 from longspan.layout import Order, positions
 from longspan.schedule.heads import HeadShares
 
@@ -40,15 +40,14 @@ def exchange_heads(
     width, places = inner.size(), mesh.size() // inner.size()
     place = mesh.get_local_rank(0) if mesh.ndim == 2 else 0
     ranks = range(place * width, (place + 1) * width)
-    q_dealt, kv_dealt = (
+    q_places, kv_places = (
         [positions(ends[-1], rank, mesh.size(), order, ends) for rank in ranks]
         for ends in (documents, kv_documents)
     )
     shares = HeadShares(q.shape[1], k.shape[1], width)
-    q_shares = [shares.q(rank) for rank in range(width)]
-    kv_shares = [shares.kv(rank) for rank in range(width)]
-    q_here = to_heads(q, _counts(q_dealt), q_shares, inner)
-    k_here, v_here = (to_heads(x, _counts(kv_dealt), kv_shares, inner) for x in (k, v))
+    q_dealt = Dealt(q.shape[1], _counts(q_places), tuple(shares.q(r) for r in range(width)))
+    kv_dealt = Dealt(k.shape[1], _counts(kv_places), tuple(shares.kv(r) for r in range(width)))
+    q_here, k_here, v_here = to_heads((q, k, v), (q_dealt, kv_dealt, kv_dealt), inner)
     if not shares.even(inner.rank()):
         one_each = torch.tensor(shares.kv_of_q(inner.rank()), device=k.device)
         k_here, v_here = (x.index_select(1, one_each) for x in (k_here, v_here))
@@ -56,19 +55,19 @@ def exchange_heads(
     sort = order is not Order.STRIPED and width > 1
     if sort:
         ascending, keys_ascending = (
-            torch.cat(dealt).argsort().to(q.device) for dealt in (q_dealt, kv_dealt)
+            torch.cat(found).argsort().to(q.device) for found in (q_places, kv_places)
         )
         q_here = q_here.index_select(2, ascending)
         k_here, v_here = (x.index_select(2, keys_ascending) for x in (k_here, v_here))
     if sinks is not None:
-        own = q_shares[inner.rank()]
+        own = shares.q(inner.rank())
         sinks = sinks[own.start : own.stop]
     outer = mesh.get_group(0) if places > 1 else None
     out = attend_here(q_here, k_here, v_here, sinks, outer, places, width=width)
     if sort:
         out = out.index_select(2, ascending.argsort())
-    return to_tokens(out, _counts(q_dealt), q_shares, q.shape[1], inner)
+    return to_tokens(out, q_dealt, inner)
 
 
-def _counts(dealt: Sequence[Tensor]) -> list[int]:
-    return [len(part) for part in dealt]
+def _counts(places: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(len(part) for part in places)

@@ -1,4 +1,4 @@
-"""What the schedules of a step's attention promise: how even the work is, how much is sent."""
+"""What the schedules or the plan of a step promise: how even the work is, how much is sent."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -15,9 +15,10 @@ from longspan.models.windows import layer_windows
 from longspan.schedule.heads import HeadShares, exchange_op
 from longspan.schedule.ring import imbalance, pairs
 from longspan.schedule.rounds import cheapest, comms
+from longspan.train.ahead import Planned
 from longspan.train.config import Parallel
 
-__all__ = ["ring_figures"]
+__all__ = ["plan_figures", "ring_figures"]
 
 
 def ring_figures(
@@ -83,3 +84,20 @@ def _exchanged(counts: list[int], shares: HeadShares, like: tuple[Tensor, Tensor
     dims = ((of_q, q), (of_q, v), (of_kv, k), (of_kv, v))  # the output has the values' head dim
     ops = [exchange_op(counts, of, x.shape[3] * x.element_size(), ranks) for of, x in dims]
     return 2 * sum(op.sent_bytes(rank) for op in ops for rank in ranks)
+
+
+def plan_figures(planned: Planned) -> dict[str, float]:
+    """What a step's plan promised, and what planning took.
+
+    ``planned_s``: the whole batch; ``plan_wait_s``: what the step waited for its plan.
+    """
+    groups = [group for batch in planned.plan.micro_batches for group in batch.groups]
+    return {
+        "planned_s": planned.plan.seconds,
+        "micro_batches": float(len(planned.plan.micro_batches)),
+        "groups": float(len(groups)),
+        "largest_group": float(max(len(group.ranks) for group in groups)),
+        "planning_s": planned.planning_s,
+        "plan_wait_s": planned.wait_s,
+        "planner_restarts": float(planned.restarts),
+    }

@@ -1,0 +1,1 @@
+"""Decides: which strategy, schedule or grouping is cheapest on a described cluster."""
