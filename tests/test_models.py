@@ -396,8 +396,10 @@ def in_the_compute_dtype(mesh: DeviceMesh) -> tuple[float, int, int]:
 
 
 def test_gradients_may_travel_in_the_compute_dtype(ranks: Ranks) -> None:
-    for apart, wide, narrow in ranks.run(in_the_compute_dtype):
-        assert 0 < apart < 2e-2 and narrow < 0.7 * wide
+    apart, wide, narrow = zip(*ranks.run(in_the_compute_dtype), strict=True)
+    assert 0 < max(apart) < 2e-2  # what only one rank adds to isn't rounded again
+    # Keys and values in backward, and their gradients in twice their bytes or in the same.
+    assert sum(narrow) * 3 == sum(wide) * 2
 
 
 def skipped_attention(mesh: DeviceMesh) -> None:
