@@ -10,6 +10,7 @@ import typer
 from longspan.commands.checkpoints import export, verify
 from longspan.commands.doctor import doctor
 from longspan.commands.emit import emit
+from longspan.commands.plan_batches import plan_batches
 from longspan.commands.report import report
 from longspan.commands.simulate import app as simulate
 from longspan.commands.watch import watch
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command(name="plan-batches")(plan_batches)
 app.add_typer(simulate, name="simulate")
 app.add_typer(lab, name="lab")
 app.command()(doctor)

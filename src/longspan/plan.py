@@ -22,7 +22,8 @@ class Group:
     """Ranks that share ``sequences`` (places in the batch's lengths) in one micro-batch.
 
     ``inside``: how attention is spread over several ranks, a ring or a head exchange.
-    ``sent_bytes`` and ``peak_bytes``: what its busiest rank sends, and holds at most.
+    ``sent_bytes`` and ``peak_bytes``: what its busiest rank sends, and holds at most; ``sent_s``:
+    the seconds of it all in which it waits for that.
     """
 
     ranks: tuple[int, ...]
@@ -31,6 +32,7 @@ class Group:
     seconds: float
     sent_bytes: int
     peak_bytes: int
+    sent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

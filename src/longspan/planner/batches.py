@@ -41,6 +41,7 @@ def plan_batch(
     attention_kept: float = 1.0,
     window: int | None = None,
     powers_of_two: bool = False,
+    exact_s: float = 0.0,
     rates: Mapping[str, Rates] | None = None,
 ) -> BatchPlan:
     """Plan one batch of sequences with so many tokens each onto all ranks of ``cluster``.
@@ -48,9 +49,10 @@ def plan_batch(
     ``memory_limit``: bytes of a device that may be used, all by default. ``longest``: tokens of the
     longest sequence of the run, on which a static plan depends. ``sharding`` of the parameters, and
     whether gradients are reduced once a batch instead of once a micro-batch: by default what is
-    best for this batch. ``rates``: what devices were measured to take. The same arguments give the
-    same plan. Raises MemoryLimitError if a sequence fits no group, ConfigError for lengths that
-    can't be.
+    best for this batch. With ``exact_s`` a flexible plan of a small batch is also sought, and its
+    bound proven, by integer programs of at most so many seconds. ``rates``: what devices were
+    measured to take. The same arguments give the same plan. Raises MemoryLimitError if a sequence
+    fits no group, ConfigError for lengths that can't be.
     """
     work = Workload(
         *(cluster, model, memory_limit, checkpointing, attention_kept, window, powers_of_two),
@@ -58,14 +60,15 @@ def plan_batch(
     )
     plans, errors = [], []
     spreads = (sharding,) if sharding else shardings(cluster)
-    for spread, once in product(spreads, (True, False) if reduce_once is None else (reduce_once,)):
+    # Over all ranks, and gradients reduced at once, takes least memory: its error tells most.
+    for spread, once in product(spreads, (False, True) if reduce_once is None else (reduce_once,)):
         try:
             prices = work.prices(spread, reduce_once=once)
-            plans.append(plan_priced(lengths, prices, mode=mode, longest=longest))
+            plans.append(plan_priced(lengths, prices, mode=mode, longest=longest, exact_s=exact_s))
         except MemoryLimitError as error:
             errors.append(error)
     if not plans:
-        raise errors[-1]
+        raise errors[0]
     return min(plans, key=lambda plan: plan.seconds)
 
 
@@ -75,6 +78,7 @@ def plan_priced(
     *,
     mode: Mode = "flexible",
     longest: int | None = None,
+    exact_s: float = 0.0,
 ) -> BatchPlan:
     """Plan one batch by these prices; what is raised is ``plan_batch``'s."""
     if not len(lengths) or min(lengths) < 1:
@@ -84,8 +88,14 @@ def plan_priced(
     batch = Batch(prices, given[order], prices.pairs_of(given[order]))
     if not np.isfinite(batch.quickest[0]):
         raise MemoryLimitError(_too_long(int(order[0]), int(given[order[0]]), prices))
+    bound = lower_bound(batch)
     if mode == "flexible":
         shelves = search(batch)
+        if exact_s:
+            from longspan.planner.exact import solve_exactly
+
+            shelves, proven = solve_exactly(batch, shelves, limit_s=exact_s)
+            bound = max(bound, proven + prices.batch_s)
     else:
         held = max(longest if longest and mode == "static" else 0, int(batch.tokens[0]))
         sizes = _degrees(prices, held)
@@ -93,7 +103,7 @@ def plan_priced(
             raise MemoryLimitError(_too_long(None, held, prices))
         only = [replace(batch, only=size) for size in (sizes[:1] if mode == "static" else sizes)]
         shelves = min((search(one) for one in only), key=lambda found: total_s(batch, found))
-    return _plan(batch, shelves, tuple(int(length) for length in lengths), order)
+    return _plan(batch, shelves, tuple(int(length) for length in lengths), order, bound)
 
 
 def _degrees(prices: Prices, tokens: int) -> list[int]:
@@ -138,7 +148,9 @@ def _too_long(index: int | None, tokens: int, prices: Prices) -> str:
     )
 
 
-def _plan(batch: Batch, shelves: list[Shelf], lengths: tuple[int, ...], order: Ints) -> BatchPlan:
+def _plan(
+    batch: Batch, shelves: list[Shelf], lengths: tuple[int, ...], order: Ints, bound: float
+) -> BatchPlan:
     prices = batch.prices
     micro_batches = []
     for shelf in sorted(shelves, key=lambda shelf: -shelf.seconds):
@@ -148,7 +160,7 @@ def _plan(batch: Batch, shelves: list[Shelf], lengths: tuple[int, ...], order: I
         groups = tuple(_group(team, prices, order, taken) for team in teams)
         micro_batches.append(MicroBatch(groups, float(prices.whole_s(shelf.seconds))))
     seconds = sum(one.seconds for one in micro_batches) + prices.batch_s
-    bound = min(lower_bound(batch), seconds)
+    bound = min(bound, seconds)
     return BatchPlan(
         lengths, tuple(micro_batches), prices.sharding, seconds, bound, prices.reduce_once
     )
@@ -159,7 +171,7 @@ def _group(team: Team, prices: Prices, order: Ints, taken: list[int]) -> Group:
     for node, count in sorted(team.ranks.items()):
         ranks += prices.nodes[node][taken[node] : taken[node] + count]
         taken[node] += count
-    inside, sent = team.price.inside(team.tokens, team.pairs)
+    inside, sent, waits = team.price.inside(team.tokens, team.pairs, team.share)
     return Group(
         ranks=tuple(sorted(ranks)),
         sequences=tuple(int(order[item]) for item in sorted(team.items)),
@@ -167,4 +179,5 @@ def _group(team: Team, prices: Prices, order: Ints, taken: list[int]) -> Group:
         seconds=team.seconds,
         sent_bytes=sent,
         peak_bytes=prices.bytes_of(-(-team.tokens // len(ranks))),
+        sent_s=waits,
     )

@@ -19,7 +19,7 @@ from longspan.planner.prices import Floats, Ints, Price, Prices
 __all__ = ["Batch", "Shelf", "Team", "place"]
 
 _LIMITS = (1.0, 1.03, 1.07, 1.13, 1.25, 1.5, 2.2, 5.0)
-_ALL_LIMITS = 64  # as many limits are all tried
+_ALL_LIMITS = 64  # so few sequences times sizes have all limits, and rests of all sizes, tried
 
 
 @dataclass(slots=True)
@@ -139,15 +139,23 @@ class Batch:
         """
         where = np.array(sorted(items), dtype=np.int64)
         floor = self.floor_s(where)
+        few = len(where) * sum(times.shape[1] for times in self.times) <= _ALL_LIMITS
+        units = [self.only or 1]
+        if few and self.only is None:
+            units = sorted({price.ranks for pool in self.prices.pools for price in pool.prices})
+        found = [self._best(where, self._limits(where, floor, hint_s, few), u) for u in units]
+        return min(filter(None, found), key=lambda shelf: shelf.seconds, default=None)
+
+    def _best(self, items: Ints, limits: list[float], unit: int) -> Shelf | None:
         best: Shelf | None = None
         before = None
-        for limit in self._limits(where, floor, hint_s):
-            sizes = self.smallest(where, limit)
+        for limit in limits:
+            sizes = self.smallest(items, limit)
             key = b"".join(size.tobytes() for size in sizes)
             if key == before:
                 continue
             before = key
-            shelf = self._pack(where, sizes, limit)
+            shelf = self._pack(items, sizes, limit, unit)
             if shelf is None:
                 continue
             if best is None or shelf.seconds < best.seconds:
@@ -156,20 +164,19 @@ class Batch:
                 break
         return best
 
-    def _limits(self, items: Ints, floor: float, hint: float) -> list[float]:
-        count = sum(times.shape[1] for times in self.times) * len(items)
-        if count > _ALL_LIMITS:
-            every = np.append(floor * np.array(_LIMITS), [hint] * (hint > 0))
-        else:
-            every = np.concatenate([times[items].ravel() for times in self.times])
+    def _limits(self, items: Ints, floor: float, hint: float, few: bool) -> list[float]:
+        every = np.append(floor * np.array(_LIMITS), [hint] * (hint > 0))
+        if few:
+            every = np.concatenate([every, *(times[items].ravel() for times in self.times)])
         every = np.unique(every[np.isfinite(every)]) * (1 + 1e-9)
-        return every[every >= floor].tolist()
+        found: list[float] = every[every >= floor].tolist()
+        return found
 
-    def _pack(self, items: Ints, sizes: list[Ints], limit: float) -> Shelf | None:
+    def _pack(self, items: Ints, sizes: list[Ints], limit: float, unit: int) -> Shelf | None:
         free = [len(node) for node in self.prices.nodes]
         alone = np.zeros(len(items), dtype=bool)
         for pool, size in zip(self.prices.pools, sizes, strict=True):
-            alone |= (size >= 0) & (pool.columns.ranks[size] == (self.only or 1))
+            alone |= (size >= 0) & (pool.columns.ranks[size] <= unit)
         teams: list[Team] = []
         for row in np.flatnonzero(~alone).tolist():
             options = [(pool, int(size[row])) for pool, size in enumerate(sizes) if size[row] >= 0]
@@ -179,7 +186,7 @@ class Batch:
             item = int(items[row])
             team.add(item, int(self.tokens[item]), float(self.pairs[item]))
             teams.append(team)
-        teams += self._others(free)
+        teams += self._others(free, unit)
         _share(teams)
         return self._spread(teams, items[alone], limit)
 
@@ -197,25 +204,25 @@ class Batch:
                 return Team(price, taken)
         return None
 
-    def _others(self, free: list[int]) -> list[Team]:
-        """Groups of the smallest size of all ranks that are left."""
-        prices, size = self.prices, self.only or 1
-        if size == 1:
-            return [
-                Team(prices.pools[prices.pool_of_node[node]].prices[0], {node: 1})
-                for node, count in enumerate(free)
-                for _ in range(count)
+    def _others(self, free: list[int], unit: int) -> list[Team]:
+        """Groups of ``unit`` ranks of all that are left, and single ones of what is left then."""
+        prices, found = self.prices, []
+        if unit > 1:
+            options = [
+                (index, where)
+                for index, pool in enumerate(prices.pools)
+                for where, price in enumerate(pool.prices)
+                if price.ranks == unit
             ]
-        options = [
-            (index, where)
-            for index, pool in enumerate(prices.pools)
-            for where, price in enumerate(pool.prices)
-            if price.ranks == size
+            while team := self._open(options, free):
+                found.append(team)
+            if self.only:
+                return found
+        return found + [
+            Team(prices.pools[prices.pool_of_node[node]].prices[0], {node: 1})
+            for node, count in enumerate(free)
+            for _ in range(count)
         ]
-        found = []
-        while team := self._open(options, free):
-            found.append(team)
-        return found
 
     def _spread(self, teams: list[Team], items: Ints, limit: float) -> Shelf | None:
         """Each to the group that is least full of time, and of memory."""

@@ -52,12 +52,15 @@ class Price(NamedTuple):
         behind = max(self.ring_pair_s * pairs, self.ring_token_s * tokens * share)
         return heads, self.ring_fixed_s + behind
 
-    def inside(self, tokens: float, pairs: float) -> tuple[Literal["ring", "heads"], int]:
-        """How attention is spread, and what the busiest rank then sends, in bytes."""
-        heads, ring = self._ways(tokens, pairs, 1)
+    def inside(
+        self, tokens: float, pairs: float, share: int = 1
+    ) -> tuple[Literal["ring", "heads"], int, float]:
+        """How attention is spread, bytes that the busiest rank sends, and seconds it waits."""
+        heads, ring = self._ways(tokens, pairs, share)
         if heads <= ring:
-            return "heads", round(self.heads_sent * tokens)
-        return "ring", round(self.ring_sent * tokens)
+            waits = self.heads_fixed_s + self.heads_token_s * tokens * share
+            return "heads", round(self.heads_sent * tokens), waits
+        return "ring", round(self.ring_sent * tokens), ring - self.ring_pair_s * pairs
 
 
 @dataclass(frozen=True, eq=False)
