@@ -49,12 +49,15 @@ def _serve(rank: int, size: int, port: int, orders: Connection) -> None:
 class Ranks:
     """``run(f, *args, world=n)`` calls ``f(mesh, *args)`` on n ranks; f must be importable."""
 
-    def __init__(self, size: int = MOST) -> None:
-        self._size = size
+    def __init__(self, size: int = MOST, preload: tuple[str, ...] = ()) -> None:
+        """``preload``: modules that many processes are to have from one import, forked."""
+        self._size, self._preload = size, preload
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver" if self._preload else "spawn")
+        if self._preload:
+            context.set_forkserver_preload(list(self._preload))
         port = free_port()
         pipes = [context.Pipe() for _ in range(self._size)]
         self._orders = [ours for ours, _ in pipes]

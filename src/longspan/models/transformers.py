@@ -80,6 +80,8 @@ def patch(
     loss needs labels that are already shifted, over that count: ``labels``, ``shift_labels`` and
     ``num_items_in_batch``.
 
+    A call may name another ``mesh`` and ``inside`` for itself, as where sequences are regrouped.
+
     Sliding windows are honoured layer by layer. Returns the same model. Raises ModelError, here
     or in forward, for what can't be honoured exactly: softcaps, sinks, attention dropout, masks,
     caches, losses of routers, rotary embeddings that depend on the batch, layers that mix tokens
@@ -95,7 +97,8 @@ def patch(
     losses = ModelLoss(model)
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, losses.asked(_sharded_arguments(args, kwargs, mesh, order, inside))
+        here, way = kwargs.pop("mesh", mesh), kwargs.pop("inside", inside)
+        return args, losses.asked(_sharded_arguments(args, kwargs, here, order, way))
 
     def after(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
         found, expected = kwargs[_NAME].windows, layer_windows(module.config)

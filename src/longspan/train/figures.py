@@ -1,4 +1,4 @@
-"""What the ring schedules of a step promise: how even the work is, and how much is sent."""
+"""What the schedules or the plan of a step promise: how even the work is, how much is sent."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -13,8 +13,9 @@ from longspan.layout import Order
 from longspan.models.windows import layer_windows
 from longspan.schedule.ring import Ring
 from longspan.schedule.rounds import comms, rounds
+from longspan.train.ahead import Planned
 
-__all__ = ["ring_figures"]
+__all__ = ["plan_figures", "ring_figures"]
 
 
 def ring_figures(
@@ -54,3 +55,20 @@ def ring_figures(
             sent += layers * sum(op.sent_bytes(rank) for op in ops)
     imbalance = max(pairs) * world / max(1, sum(pairs))
     return {"attention_imbalance": imbalance, "ring_bytes": float(sent)}
+
+
+def plan_figures(planned: Planned) -> dict[str, float]:
+    """What a step's plan promised, and what planning took.
+
+    ``planned_s``: the whole batch; ``plan_wait_s``: what the step waited for its plan.
+    """
+    groups = [group for batch in planned.plan.micro_batches for group in batch.groups]
+    return {
+        "planned_s": planned.plan.seconds,
+        "micro_batches": float(len(planned.plan.micro_batches)),
+        "groups": float(len(groups)),
+        "largest_group": float(max(len(group.ranks) for group in groups)),
+        "planning_s": planned.planning_s,
+        "plan_wait_s": planned.wait_s,
+        "planner_restarts": float(planned.restarts),
+    }

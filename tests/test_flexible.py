@@ -1,0 +1,146 @@
+"""Steps on groups that change with every micro-batch, against one process; meshes of any ranks."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from torch.distributed.device_mesh import DeviceMesh
+
+from longspan.comm.groups import Groups
+from longspan.comm.mesh import make_mesh
+from longspan.errors import LayoutError
+from longspan.plan import BatchPlan, Group, MicroBatch
+from longspan.train.batches import Batches
+from longspan.train.config import Config
+from longspan.train.exactness import Exactness, exactness
+from longspan.train.grouped import group_sequences, grouped
+from longspan.train.parallelize import build_model, parallelize
+from longspan.train.step import StepRunner
+
+MODEL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("documents") / "texts.jsonl"
+    draw = random.Random(5)
+    lengths = [round(4 * 1.06**n) for n in range(80)]
+    texts = ["".join(draw.choices("abcdefgh ", k=length)) for length in lengths]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def eight() -> Iterator[Ranks]:
+    ranks = Ranks(8, preload=("test_flexible", "transformers.models.llama.modeling_llama"))
+    yield ranks
+    ranks.stop(kill=True)
+
+
+def random_plan(lengths: list[int], world: int, draw: random.Random) -> BatchPlan:
+    """Any groups side by side, some ranks in none; overlapping those of other micro-batches."""
+    left = list(range(len(lengths)))
+    draw.shuffle(left)
+    micro_batches = []
+    while left:
+        ranks = list(range(world))
+        draw.shuffle(ranks)
+        groups = []
+        while left and ranks and not (groups and draw.random() < 0.2):
+            members = tuple(sorted(ranks.pop() for _ in range(draw.randint(1, len(ranks)))))
+            chosen = tuple(left.pop() for _ in range(min(len(left), draw.randint(1, 4))))
+            inside = draw.choice(["ring", "heads"])
+            groups.append(Group(members, chosen, inside, 0.0, 0, 0))
+        micro_batches.append(MicroBatch(tuple(groups), 0.0))
+    return BatchPlan(tuple(lengths), tuple(micro_batches), "world", 0.0, 0.0)
+
+
+def exact(_: DeviceMesh, documents: Path, shards: int, seed: int, train: dict) -> Exactness | None:
+    """A random plan's step on all ranks, as trained; raises unless it is one process's."""
+    world = dist.get_world_size()
+    config = Config.model_validate(
+        {
+            "runs": documents.parent,
+            "data": {"path": documents, "max_length": 300},
+            "model": {"type": "llama", "config": MODEL},
+            "train": {"steps": 1} | train,
+        }
+    )
+    batches = Batches(config)
+    model = build_model(config, batches.tokenizer.vocab_size, "cpu")
+    mesh = make_mesh(world, world, "cpu")
+    parallelize(model, config, mesh, shards)
+    runner = StepRunner(model, mesh, "zigzag")
+    groups = Groups("cpu", most=3)
+    pieces = batches.documents_of(seed * 24, 24)
+    plan = random_plan([piece.length for piece in pieces], world, random.Random(seed))
+    own = grouped(plan, pieces, batches.store, groups, 0)
+    sequences = group_sequences(plan, pieces, batches.store)
+    found = exactness(runner, batches, config, own, sequences)
+    groups.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shards", "seed", "train"),
+    [(4, 0, {}), (4, 1, {"checkpointing": "selective"}), (2, 2, {}), (1, 3, {}), (4, 4, {})],
+)
+def test_a_planned_step_is_one_process(
+    ranks: Ranks, documents: Path, shards: int, seed: int, train: dict
+) -> None:
+    check(ranks.run(exact, documents, shards, seed, train)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shards", "seed"), [(8, 5), (4, 6)])
+def test_on_eight_ranks(eight: Ranks, documents: Path, shards: int, seed: int) -> None:
+    check(eight.run(exact, documents, shards, seed, {}, world=8)[0])
+
+
+def check(found: Exactness | None) -> None:
+    assert found is not None and found.documents == 24
+    assert found.loss_difference < 1e-5 and found.gradient_difference < 1e-5
+
+
+def regrouped(_: DeviceMesh) -> tuple[list[int], list[float]]:
+    """How many sets are kept, and the sums that the groups made, in orders that overlap."""
+    here, world = dist.get_rank(), dist.get_world_size()
+    groups = Groups("cpu", most=2)
+    kept, sums = [], []
+    everyone = list(range(world))
+    rings = [tuple(sorted((r, (r + 1) % world))) for r in everyone]
+    asked = [rings, rings[::-1], [everyone, [0, 2], [1, 3]], [[0, 2]], [[1, 2, 3]], rings[1:3]]
+    for sets in asked:
+        meshes = groups.meshes(sets)
+        kept.append(len(groups._kept))
+        for ranks, mesh in zip(sets, meshes, strict=True):
+            assert (mesh is not None) == (here in ranks)
+            if mesh is not None:
+                value = torch.tensor(float(here))
+                dist.all_reduce(value, group=mesh.get_group())
+                sums.append(value.item() - sum(ranks))
+    with pytest.raises(LayoutError, match="ascending"):
+        groups.meshes([[1, 0]])
+    with pytest.raises(LayoutError, match="0 to 3"):
+        groups.meshes([[3, 4]])
+    assert groups.meshes([[0, 2]])[0] is groups.meshes([[0, 2]])[0]
+    assert groups.alone.size() == 1
+    groups.close()
+    return kept, sums
+
+
+def test_groups_overlap_in_any_order_and_are_bounded(ranks: Ranks) -> None:
+    for kept, sums in ranks.run(regrouped):
+        assert kept == [4, 4, 2, 2, 2, 2]
+        assert sums == [0.0] * len(sums)
