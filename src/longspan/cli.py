@@ -10,6 +10,7 @@ import typer
 from longspan.commands.checkpoints import export, verify
 from longspan.commands.doctor import doctor
 from longspan.commands.emit import emit
+from longspan.commands.poc import poc
 from longspan.commands.report import report
 from longspan.commands.simulate import app as simulate
 from longspan.commands.watch import watch
@@ -32,6 +33,7 @@ app.command()(doctor)
 app.command()(emit)
 app.command()(watch)
 app.command()(report)
+app.command()(poc)
 app.command()(verify)
 app.command()(export)
 
