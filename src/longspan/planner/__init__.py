@@ -1,0 +1,1 @@
+"""Decides: which parallelism, on which ranks, for which part of the work."""
