@@ -68,14 +68,18 @@ class BatchPlan:
 class StageRow:
     """One stage of a model: the layout that it runs in, and what it costs.
 
-    ``sharded``: the dim that each mesh axis shards while it runs, None where it has all.
-    ``inside``: how it mixes a dim that is sharded, if it does. ``arrives``: what brings its tensor
-    there, axis by axis ("sp: time to space"). ``moved_bytes`` and ``inside_bytes``: what its
-    busiest rank sends for either, forward and backward; ``moved_s``, ``inside_s`` and
-    ``computed_s`` what it takes.
+    ``sizes``: its whole tensor's dims; ``mixes``: those that it mixes; ``after``: the stages whose
+    results it takes, none for the first. ``sharded``: the dim that each mesh axis shards while it
+    runs, None where it has all. ``inside``: how it mixes a dim that is sharded, if it does.
+    ``arrives``: what brings its tensor there, axis by axis ("sp: switch time to space").
+    ``moved_bytes`` and ``inside_bytes``: what its busiest rank sends for either, forward and
+    backward; ``moved_s``, ``inside_s`` and ``computed_s`` what it takes.
     """
 
     name: str
+    sizes: dict[str, int]
+    mixes: tuple[str, ...]
+    after: tuple[str, ...]
     sharded: tuple[str | None, ...]
     inside: Literal["nothing", "heads", "ring"]
     arrives: tuple[str, ...]

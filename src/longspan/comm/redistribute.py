@@ -34,19 +34,20 @@ def redistribute(
     dst: Layout,
     mesh: DeviceMesh,
     *,
-    length: int | None = None,
+    length: int | Mapping[int, int] | None = None,
     shape: Sequence[int] | None = None,
     grad: Placement | Mapping[str, Placement] | None = None,
 ) -> Tensor:
     """Bring ``x``, this rank's part of a tensor, from one layout to another over a mesh.
 
     ``length`` is the whole size of the dim that ``src`` shards (or ``dst``, where ``src`` shards
-    none), divisible or not; ``shape`` instead is the whole tensor's, needed only where ``src``
-    shards several dims. Neither is needed where it shards none. A layout's order holds for all
-    its sharded dims. ``grad`` is the gradient's placement on a replicated side, ``Replicate()``
-    (the default) or ``Partial()``, for all axes or by axis; on a sharded side it is the same
-    Shard, on a partial one replicated. An axis that is replicated on both sides hands its
-    gradient on whole. The dtype stays. All ranks of the mesh must call it in the same order.
+    none), divisible or not, or a mapping from dims to sizes; ``shape`` instead is the whole
+    tensor's. Where ``src`` shards several dims one of the latter is needed; nothing is where it
+    shards none. A layout's order holds for all its sharded dims. ``grad`` is the gradient's
+    placement on a replicated side, ``Replicate()`` (the default) or ``Partial()``, for all axes
+    or by axis; on a sharded side it is the same Shard, on a partial one replicated. An axis that
+    is replicated on both sides hands its gradient on whole. The dtype stays. All ranks of the
+    mesh must call it in the same order.
 
     Raises LayoutError for a tensor of another size, or a layout that doesn't fit it or the mesh.
     """
@@ -60,7 +61,7 @@ def start_redistribute(
     dst: Layout,
     mesh: DeviceMesh,
     *,
-    length: int | None = None,
+    length: int | Mapping[int, int] | None = None,
     shape: Sequence[int] | None = None,
     grad: Placement | Mapping[str, Placement] | None = None,
 ) -> "Moving":
@@ -88,7 +89,7 @@ def redistribute_chunks(
     dst: Layout,
     mesh: DeviceMesh,
     *,
-    length: int | None = None,
+    length: int | Mapping[int, int] | None = None,
     grad: Placement | Mapping[str, Placement] | None = None,
     ahead: int = 1,
 ) -> Iterator[Tensor]:
@@ -214,7 +215,7 @@ def _whole_shape(
     src: Layout,
     dst: Layout,
     axes: Mapping[str, int],
-    length: int | None,
+    length: int | Mapping[int, int] | None,
     shape: Sequence[int] | None,
 ) -> tuple[int, ...]:
     if shape is not None:
@@ -230,6 +231,13 @@ def _whole_shape(
         for layout in (src, dst)
     )
     whole = list(x.shape)
+    if isinstance(length, Mapping):
+        lengths = {dim % max(x.ndim, 1): size for dim, size in length.items()}
+        if not cut <= lengths.keys():
+            raise LayoutError(
+                f"dims {sorted(cut - lengths.keys())} are sharded: give their lengths"
+            )
+        return tuple(lengths[dim] if dim in cut else size for dim, size in enumerate(whole))
     if len(cut) > 1 or (cut and length is None):
         raise LayoutError(f"dims {sorted(cut)} are sharded: give the whole tensor's shape=")
     for dim in cut:

@@ -1,1 +1,1 @@
-"""Decides: which parallelism, on which ranks, for which part of the work."""
+"""What decides: layer graphs, strategies, plans; prices and searches, runs nothing."""

@@ -241,6 +241,7 @@ def _said(state: _State) -> str:
     return ", ".join(f"{side.placement} ({side.order})" for side in state)
 
 
+@lru_cache(maxsize=1 << 14)
 def _most_sent(hop: _Hop, shape: tuple[int, ...], sizes: tuple[int, ...]) -> int:
     """Elements that the most loaded rank sends in a step."""
     most = 0
