@@ -54,7 +54,9 @@ class Ranks:
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # One process imports torch, and the ranks are forked from it.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.tensor", "longspan.comm.redistribute"])
         port = free_port()
         pipes = [context.Pipe() for _ in range(self._size)]
         self._orders = [ours for ours, _ in pipes]

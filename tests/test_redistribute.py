@@ -1,6 +1,6 @@
 """Changes of layout on real ranks: values, gradients in either layout, bytes, chunks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -92,12 +92,12 @@ def test_split_and_gather(
 
 
 def mesh_of(line: DeviceMesh, axes: Mapping[str, int]) -> DeviceMesh:
-    return line if len(axes) == 1 else _square()
+    return line if len(axes) == 1 else _grid(tuple(axes.values()))
 
 
-@lru_cache(1)
-def _square() -> DeviceMesh:
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+@lru_cache(3)
+def _grid(sizes: tuple[int, ...]) -> DeviceMesh:
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("a", "b"))
 
 
 def there_and_back(
@@ -163,6 +163,27 @@ def test_two_axes(
 ) -> None:
     src, dst = (data.draw(layouts(len(shape), "ab")) for _ in range(2))
     assert_exact(ranks, {"a": 2, "b": 2}, shape, src, dst, {"a": first, "b": second})
+
+
+@pytest.fixture(scope="module")
+def eight() -> Iterator[Ranks]:
+    started = Ranks(8)
+    yield started
+    started.stop()
+
+
+@settings(max_examples=60)
+@given(st.data(), shapes, st.sampled_from([(5,), (6,), (7,), (8,), (2, 4), (4, 2)]), placements)
+def test_up_to_eight_ranks(
+    eight: Ranks,
+    data: st.DataObject,
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    grad: Placement,
+) -> None:
+    axes = dict(zip(("sp",) if len(sizes) == 1 else ("a", "b"), sizes, strict=True))
+    src, dst = (data.draw(layouts(len(shape), list(axes))) for _ in range(2))
+    assert_exact(eight, axes, shape, src, dst, dict.fromkeys(axes, grad))
 
 
 def heads_there_and_back(mesh: DeviceMesh, heads: int, kv_heads: int, order: Order) -> None:

@@ -21,12 +21,12 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, time, sensor, channel) to the same."""
         # The mixed dim goes next to the channels, the other one to the batch.
-        batch, others, length, width = x.movedim(self.dim, 2).shape
+        packed = self.qkv(x).movedim(self.dim, 2)
+        batch, others, length, width = packed.shape
+        width //= 3
         q, k, v = (
-            part.movedim(self.dim, 2)
-            .reshape(batch * others, length, self.heads, width // self.heads)
-            .transpose(1, 2)
-            for part in self.qkv(x).chunk(3, -1)
+            part.reshape(batch * others, length, self.heads, width // self.heads).transpose(1, 2)
+            for part in packed.chunk(3, -1)
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         y = y.transpose(1, 2).reshape(batch, others, length, width).movedim(2, self.dim)

@@ -37,6 +37,7 @@ def redistribute(
     length: int | Mapping[int, int] | None = None,
     shape: Sequence[int] | None = None,
     grad: Placement | Mapping[str, Placement] | None = None,
+    sums: bool = True,
 ) -> Tensor:
     """Bring ``x``, this rank's part of a tensor, from one layout to another over a mesh.
 
@@ -46,12 +47,12 @@ def redistribute(
     shards none. A layout's order holds for all its sharded dims. ``grad`` is the gradient's
     placement on a replicated side, ``Replicate()`` (the default) or ``Partial()``, for all axes
     or by axis; on a sharded side it is the same Shard, on a partial one replicated. An axis that
-    is replicated on both sides hands its gradient on whole. The dtype stays. All ranks of the
-    mesh must call it in the same order.
+    is replicated on both sides hands its gradient on whole, or as it came where ``sums`` is false.
+    The dtype stays. All ranks of the mesh must call it in the same order.
 
     Raises LayoutError for a tensor of another size, or a layout that doesn't fit it or the mesh.
     """
-    moving = start_redistribute(x, src, dst, mesh, length=length, shape=shape, grad=grad)
+    moving = start_redistribute(x, src, dst, mesh, length=length, shape=shape, grad=grad, sums=sums)
     return moving.wait()
 
 
@@ -64,6 +65,7 @@ def start_redistribute(
     length: int | Mapping[int, int] | None = None,
     shape: Sequence[int] | None = None,
     grad: Placement | Mapping[str, Placement] | None = None,
+    sums: bool = True,
 ) -> "Moving":
     """``redistribute`` that has set off: what is computed until ``.wait()`` overlaps it.
 
@@ -76,7 +78,7 @@ def start_redistribute(
     named = grad if isinstance(grad, Mapping) else dict.fromkeys(axes, grad or Replicate())
     roads = [
         _Road(steps(here, there, whole, axes, at), mesh)
-        for here, there in ((src, dst), backward(src, dst, named))
+        for here, there in ((src, dst), backward(src, dst, named, sums))
     ]
     if (expected := local_shape(src, whole, axes, at)) != x.shape:
         raise _misfit(x, expected)
@@ -91,6 +93,7 @@ def redistribute_chunks(
     *,
     length: int | Mapping[int, int] | None = None,
     grad: Placement | Mapping[str, Placement] | None = None,
+    sums: bool = True,
     ahead: int = 1,
 ) -> Iterator[Tensor]:
     """``redistribute`` of a tensor in chunks of a third dim: what computes them overlaps it.
@@ -101,7 +104,9 @@ def redistribute_chunks(
     """
     under_way: deque[Moving] = deque()
     for chunk in chunks:
-        under_way.append(start_redistribute(chunk, src, dst, mesh, length=length, grad=grad))
+        under_way.append(
+            start_redistribute(chunk, src, dst, mesh, length=length, grad=grad, sums=sums)
+        )
         if len(under_way) > ahead:
             yield under_way.popleft().wait()
     while under_way:

@@ -118,6 +118,7 @@ class StageHooks:
             self.mesh,
             length=self._lengths(self.form),
             grad=Partial(),
+            sums=False,
         )
         for number, piece in enumerate(arrived):
             self.held = dict(zip(self.form.names, piece.shape, strict=True))
@@ -147,14 +148,18 @@ class StageHooks:
             return
         here, home = self._of(self.form, self.row.sharded), self._of(self.form, self.home)
         lengths = self._lengths(self.form)
-        moving = start_redistribute(y, here, home, self.mesh, length=lengths, grad=Partial())
+        moving = start_redistribute(
+            y, here, home, self.mesh, length=lengths, grad=Partial(), sums=False
+        )
         self.done.append(moving)
 
     def _cut(self, name: str, form: Form, x: Tensor) -> Tensor:
         """An argument that comes along, unfolded in the stage's layout."""
         x = self._unfold(form, x, self.home, f"its {name}")
         src, dst = self._of(form, self.home), self._of(form, self.row.sharded)
-        return redistribute(x, src, dst, self.mesh, length=self._lengths(form), grad=Partial())
+        return redistribute(
+            x, src, dst, self.mesh, length=self._lengths(form), grad=Partial(), sums=False
+        )
 
     def _piece(self, form: Form, x: Tensor, number: int, count: int) -> Tensor:
         if count > 1 and self.chunked in form.names:
@@ -252,7 +257,7 @@ class EndHooks:
         form = Form.of(words)
         y = form.unfold(x, self.sizes, name)
         dst = _layout(self.mesh, self.home, form.names)
-        return form.fold(redistribute(y, Layout(), dst, self.mesh, grad=Partial()))
+        return form.fold(redistribute(y, Layout(), dst, self.mesh, grad=Partial(), sums=False))
 
     def _lengths(self, form: Form) -> dict[int, int]:
         return {at: self.sizes[name] for at, name in enumerate(form.names) if name in self.sizes}

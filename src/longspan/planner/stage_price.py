@@ -62,7 +62,7 @@ class Pricer:
         Where all ranks of an axis have the whole, each has a part of the gradient's sum.
         """
         there = stage.layout(self.axes, src), stage.layout(self.axes, dst)
-        back = backward(*there, dict.fromkeys(self.axes, Partial()))
+        back = backward(*there, dict.fromkeys(self.axes, Partial()), sums=False)
         return self._way(stage, *there) + self._way(stage, *back)
 
     def megatron(self, stage: Stage, dim: str) -> Price:
