@@ -96,14 +96,14 @@ def measure(size: Size, way: str, mesh: Any, megabits: int) -> tuple[float, floa
     plan = planned(size, megabits)
     if way not in ("switch", "chunks", "silent"):
         # Time stays sharded, and the stages see to what they mix themselves.
-        rows = tuple(replace(row, sharded=("time",)) for row in plan.stages)
+        rows = tuple(replace(row, sharded=("time",), inside="nothing") for row in plan.stages)
         plan = replace(plan, stages=rows)
     own = list(model.parameters())
     if way != "alone":
         ends = Outside(
             inputs={"readings": "batch time sensor patch"}, state={"time": "time channel"}
         )
-        sees = {"*": Sees("batch time sensor channel")}
+        sees = {"*": Sees("batch time sensor channel", attention="attention")}
         chunks = CHUNKS if way == "chunks" else 1
         parallelize_stages(model, plan, mesh, sees, outside=ends, chunks=chunks)
         target = target[:, positions(size.times, mesh.get_local_rank(), 4, "contiguous")]
@@ -270,7 +270,8 @@ def share_by_megatron(model: Any, mesh: Any, heads: int) -> list[Any]:
         bias, mlp_bias = attention.out.bias, mlp[2].bias
         mine += [bias, mlp_bias]
         attention.out.bias = None
-        attention.forward = shared(_own_heads(attention, heads // world), bias)
+        attention.heads = heads // world
+        attention.forward = shared(attention.forward, bias)
 
         def perceptron(x: Any, mlp: Any = mlp) -> Any:
             return F.linear(F.gelu(mlp[0](x)), mlp[2].weight)
@@ -278,13 +279,6 @@ def share_by_megatron(model: Any, mesh: Any, heads: int) -> list[Any]:
         mlp.forward = shared(perceptron, mlp_bias)
     kept = [p for p in model.parameters() if all(p is not other for other in mine)]
     return kept + mine
-
-
-def _own_heads(attention: Any, heads: int) -> Callable[[Any], Any]:
-    """The module's own forward with fewer heads; its width is that of its share."""
-    forward = attention.forward
-    attention.heads = heads
-    return forward
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ _SEES = {
 _OUTSIDE = Outside(
     inputs={"hidden_states": "batch colour time height width"},
     state={"temp_pos_embed": "one time channel"},
+    after={"temp_pos_embed": "transformer_blocks.0"},
     result="batch colour time height width",
 )
 

@@ -44,12 +44,14 @@ class Outside:
     """What the whole model is given and gives.
 
     ``inputs``: arguments by name that are whole on every rank, and are cut. ``state``: buffers and
-    parameters by name that are cut while the model runs. ``result``: what it returns, to be
-    gathered; without it each rank keeps its share, and the loss is the sum over ranks.
+    parameters by name that are cut while the model runs, as the tensor is outside the stages, or
+    where ``after`` names a stage, as it is when it leaves that one. ``result``: what it returns, to
+    be gathered; without it each rank keeps its share, and the loss is the sum over ranks.
     """
 
     inputs: Mapping[str, str] = field(default_factory=dict)
     state: Mapping[str, str] = field(default_factory=dict)
+    after: Mapping[str, str] = field(default_factory=dict)
     result: str | None = None
 
 
@@ -193,6 +195,7 @@ class EndHooks:
     sizes: Mapping[str, int]
     told: Outside
     signature: inspect.Signature
+    leaves: Mapping[str, _Sharded]
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
@@ -216,13 +219,14 @@ class EndHooks:
         bound = self.signature.bind(*args, **kwargs)
         for name, words in self.told.inputs.items():
             if isinstance(bound.arguments.get(name), Tensor):
-                bound.arguments[name] = self._cut(bound.arguments[name], words, name)
+                bound.arguments[name] = self._cut(bound.arguments[name], words, name, self.home)
         for name, words in self.told.state.items():
             tensors, key = _place(model, name)
             whole = tensors[key]
             assert whole is not None
             self.state[name] = whole
-            tensors[key] = self._cut(whole, words, name)
+            sharded = self.leaves.get(self.told.after.get(name, ""), self.home)
+            tensors[key] = self._cut(whole, words, name, sharded)
         return bound.args, bound.kwargs
 
     def restore(self, model: nn.Module, args: Any, out: Any) -> None:
@@ -253,10 +257,10 @@ class EndHooks:
             y.register_hook(lambda grad: grad / prod(alike))
         return _with_first(out, form.fold(y))
 
-    def _cut(self, x: Tensor, words: str, name: str) -> Tensor:
+    def _cut(self, x: Tensor, words: str, name: str, sharded: _Sharded) -> Tensor:
         form = Form.of(words)
         y = form.unfold(x, self.sizes, name)
-        dst = _layout(self.mesh, self.home, form.names)
+        dst = _layout(self.mesh, sharded, form.names)
         return form.fold(redistribute(y, Layout(), dst, self.mesh, grad=Partial(), sums=False))
 
     def _lengths(self, form: Form) -> dict[int, int]:

@@ -86,9 +86,15 @@ def parallelize_stages(
             )
             hooked.handles += stage.attach(modules[row.name])
             before = row
-        ends = inspect.signature(model.forward)
-        told_ends = outside or Outside()
-        hooked.handles += EndHooks(mesh, plan.outside, sizes, told_ends, ends).attach(model)
+        ends = EndHooks(
+            mesh=mesh,
+            home=plan.outside,
+            sizes=sizes,
+            told=outside or Outside(),
+            signature=inspect.signature(model.forward),
+            leaves={row.name: row.sharded for row in plan.stages[:-1]},
+        )
+        hooked.handles += ends.attach(model)
     except ModelError:
         hooked.remove()
         raise
