@@ -13,6 +13,7 @@ from longspan.commands.emit import emit
 from longspan.commands.plan_batches import plan_batches
 from longspan.commands.poc import poc
 from longspan.commands.report import report
+from longspan.commands.plan_stages import plan_stages
 from longspan.commands.simulate import app as simulate
 from longspan.commands.watch import watch
 from longspan.errors import LongspanError
@@ -38,6 +39,7 @@ app.command()(report)
 app.command()(poc)
 app.command()(verify)
 app.command()(export)
+app.command()(plan_stages)
 
 
 @app.command()

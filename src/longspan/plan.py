@@ -12,7 +12,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from longspan.errors import ConfigError
 
-__all__ = ["BatchPlan", "Group", "MicroBatch", "read_plan", "write_plan"]
+__all__ = [
+    "BatchPlan",
+    "Group",
+    "MicroBatch",
+    "StagePlan",
+    "StageRival",
+    "StageRow",
+    "read_plan",
+    "write_plan",
+]
 
 P = TypeVar("P")
 
@@ -57,6 +66,61 @@ class BatchPlan:
     seconds: float
     lower_bound_s: float
     reduce_once: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """One stage of a model: the layout that it runs in, and what it costs.
+
+    ``sizes``: its whole tensor's dims; ``mixes``: those that it mixes; ``after``: the stages whose
+    results it takes, none for the first. ``sharded``: the dim that each mesh axis shards while it
+    runs, None where it has all. ``inside``: how it mixes a dim that is sharded, if it does.
+    ``arrives``: what brings its tensor there, axis by axis ("sp: switch time to space").
+    ``moved_bytes`` and ``inside_bytes``: what its busiest rank sends for either, forward and
+    backward; ``moved_s``, ``inside_s`` and ``computed_s`` what it takes.
+    """
+
+    name: str
+    sizes: dict[str, int]
+    mixes: tuple[str, ...]
+    after: tuple[str, ...]
+    sharded: tuple[str | None, ...]
+    inside: Literal["nothing", "heads", "ring"]
+    arrives: tuple[str, ...]
+    moved_bytes: int
+    inside_bytes: int
+    moved_s: float
+    inside_s: float
+    computed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageRival:
+    """The same stages in one known way: what the busiest rank sends, and how long they take."""
+
+    name: str
+    sent_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """How a tensor with several sequence dims is sharded, stage by stage (DSP, arXiv 2403.10266).
+
+    ``axes``: the mesh's axes and their sizes. ``outside``: the dim that each axis shards before
+    the first stage and after the last one; ``leaves``, ``left_bytes`` and ``left_s``: what brings
+    the tensor back to that. ``seconds`` and ``sent_bytes``: forward and backward.
+    """
+
+    axes: dict[str, int]
+    outside: tuple[str | None, ...]
+    stages: tuple[StageRow, ...]
+    leaves: tuple[str, ...]
+    left_bytes: int
+    left_s: float
+    seconds: float
+    sent_bytes: int
+    rivals: tuple[StageRival, ...]
 
 
 def write_plan(plan: Any, path: Path) -> None:
