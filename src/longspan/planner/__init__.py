@@ -1,0 +1,1 @@
+"""What decides: layer graphs, strategies, plans; prices and searches, runs nothing."""
