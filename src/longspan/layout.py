@@ -9,11 +9,21 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
+from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from longspan.errors import LayoutError
 
-__all__ = ["Layout", "Order", "Run", "local_length", "place_runs", "positions", "runs"]
+__all__ = [
+    "Layout",
+    "Order",
+    "Run",
+    "layout_of",
+    "local_length",
+    "place_runs",
+    "positions",
+    "runs",
+]
 
 
 class Order(StrEnum):
@@ -54,6 +64,22 @@ class Layout:
                 raise LayoutError(f"axis {axis!r}: {placement!r} is not a torch Placement")
         object.__setattr__(self, "placements", dict(self.placements))
         object.__setattr__(self, "order", Order.of(self.order))
+
+
+def layout_of(placements: Mapping[str, str]) -> Layout:
+    """The layout that a plan writes as "S(dim)", "P" or "R" by mesh axis.
+
+    Raises LayoutError for another word.
+    """
+    found: dict[str, Placement] = {}
+    for axis, word in placements.items():
+        if word in ("R", "P"):
+            found[axis] = Replicate() if word == "R" else Partial()
+        elif (dim := word.removeprefix("S(").removesuffix(")")).isdecimal():
+            found[axis] = Shard(int(dim))
+        else:
+            raise LayoutError(f"axis {axis!r}: {word!r} is no placement: use S(dim), P or R")
+    return Layout(found)
 
 
 @dataclass(frozen=True, slots=True)
