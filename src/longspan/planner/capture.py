@@ -1,0 +1,542 @@
+"""Reads a model's graph of layers from what torch.export writes down of it.
+
+Nothing is computed: the model and its inputs are on the meta device. An operation that isn't known
+is taken as one that can't be split, and said so.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from longspan.errors import ModelError
+from longspan.planner import kinds
+from longspan.planner.follow import Through, merged, permuted, reshaped, then
+from longspan.planner.graph import Graph, Layer, Operand, Weight
+from longspan.planner.kinds import Given
+
+__all__ = ["capture"]
+
+_GROUPS = re.compile(r"Norm|Experts")  # modules that are one layer, whatever they are made of
+_SKIPPED = ("_assert", "sym_", "alias_set")
+_PICKS = {"slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
+_MOVES = {"transpose", "permute", "t", "numpy_T", "swapaxes", "movedim", "expand", "expand_as"}
+_COPIES = {"contiguous", "clone", "_to_copy", "repeat", "cat", "stack", "pad", "constant_pad_nd"}
+_VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"}
+_FREE = _PICKS | _MOVES | _VIEWS | {"to", "detach", "alias", "view_as", "lift_fresh_copy"}
+# Number by number: what comes out has the shape of what goes in (broadcast together).
+_KEEPS_NONE = {"add", "sub", "rsub", "neg", "dropout", "clone", "contiguous", "_to_copy", "cat"}
+_KEEPS_OUT = {"relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "softmax", "leaky_relu", "hardtanh"}
+_ELEMENTWISE = _KEEPS_NONE | _KEEPS_OUT | {
+    "mul", "div", "pow", "gelu", "silu", "mish", "elu", "selu", "softplus", "log", "log1p", "abs",
+    "sin", "cos", "clamp", "clamp_min", "clamp_max", "where", "masked_fill", "maximum", "minimum",
+    "hardswish", "hardsigmoid", "square", "reciprocal", "erf", "bernoulli", "type_as", "addcmul",
+    "logsigmoid", "relu6", "celu", "glu", "zeros_like", "ones_like", "full_like", "sign", "tril",
+    "triu", "lerp", "feature_dropout", "alpha_dropout", "float_power", "logical_not", "floor",
+    "softcap", "nan_to_num", "round", "copy", "eq", "ne", "lt", "le", "gt", "ge", "expm1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """What a node of torch's graph is: a layer's output looked at in some way, or a parameter.
+
+    ``source`` None: neither, so it costs nothing wherever it is. ``root``: the node whose numbers
+    these are, the same for all its views.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    source: int | None = None
+    through: Through = ()
+    path: str | None = None
+    root: fx.Node | None = None
+
+    def operand(self, dims: Sequence[str | None]) -> Operand:
+        return Operand(self.shape, tuple(dims), self.itemsize, self.source, self.through)
+
+
+def capture(
+    module: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any]
+) -> Graph:
+    """The layers of ``module`` as it is called with ``example_inputs``, by place or by name.
+
+    The module should be on the meta device, in training mode; what the inputs hold doesn't
+    matter, but for their shapes, dtypes and values that aren't tensors. Raises ModelError if
+    torch.export can't follow the module.
+    """
+    named = isinstance(example_inputs, Mapping)
+    args = () if named else tuple(example_inputs)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of modules that set attributes as they run
+            program = torch.export.export(
+                module, args, dict(example_inputs) if named else {}, strict=False
+            )
+    except Exception as error:  # torch.export raises whatever the model's own code raises
+        line = next(iter(str(error).splitlines()), "")
+        raise ModelError(
+            f"torch.export can't follow {type(module).__name__}: {line or type(error).__name__}"
+        ) from error
+    return _Capture(module, program).graph()
+
+
+class _Capture:
+    def __init__(self, module: nn.Module, program: torch.export.ExportedProgram) -> None:
+        self.module, self.nodes = module, list(program.graph.nodes)
+        self.layers: list[Layer] = []
+        self.notes: dict[str, int] = {}
+        self.values: dict[fx.Node, _Value | list[_Value]] = {}
+        self.roots: dict[fx.Node, tuple[int, int]] = {}  # node → its layer, its bytes
+        self.kept: set[fx.Node] = set()
+        self.names: dict[str, int] = {}
+        self.trained = {path: p.requires_grad for path, p in module.named_parameters(
+            remove_duplicate=False)}
+        self.paths = dict(program.graph_signature.inputs_to_parameters)
+        self.shared: dict[str, int] = {}
+
+    def graph(self) -> Graph:
+        """All layers."""
+        self._find_shared()
+        groups = self._groups()
+        skip: set[fx.Node] = set()
+        for node in self.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "get_attr":
+                self.values[node] = _Value((), 0)
+            elif node.op == "call_function" and node not in skip:
+                group = groups.get(node)
+                if group:
+                    whole = list(group)
+                    done = self._grouped(group)
+                    skip.update(whole if done else whole[: len(whole) - len(group)])
+                    if done:
+                        continue
+                if node not in skip:
+                    self._function(node)
+        for root in self.kept:
+            layer, size = self.roots[root]
+            self.layers[layer].kept_bytes += size
+        notes = [f"{what}{f' ({n} times)' * (n > 1)}" for what, n in self.notes.items()]
+        return Graph(tuple(self.layers), tuple(notes))
+
+    # Values
+
+    def _placeholder(self, node: fx.Node) -> None:
+        value = _of(node)
+        path = self.paths.get(node.name)
+        if path is not None:
+            through = tuple(range(len(value.shape)))
+            value = replace(value, path=path, through=through, source=self.shared.get(path))
+            if value.source is not None:
+                value = replace(value, path=None, root=None)
+        self.values[node] = value
+
+    def _find_shared(self) -> None:
+        """Parameters of two dims or more that several layers use are layers of their own."""
+        for node in self.nodes:
+            path = self.paths.get(node.name) if node.op == "placeholder" else None
+            if path is None or len(_of(node).shape) < 2 or len(_users(node)) < 2:
+                continue
+            value = _of(node)
+            dims = ("out", "in", *(None for _ in value.shape[2:]))
+            weight = Weight(path, value.shape, dims, value.itemsize, self.trained.get(path, True))
+            output = Operand(value.shape, dims, value.itemsize)
+            sizes = {"out": value.shape[0], "in": value.shape[1]}
+            made = kinds.made("shared", "copy", sizes, (), output, weights=(weight,))
+            self.shared[path] = self._add(made, node, path)
+
+    def _value(self, node: fx.Node) -> _Value:
+        value = self.values.get(node)
+        if isinstance(value, list):
+            return value[0]
+        return value if value is not None else _of(node)
+
+    def _inputs(self, node: fx.Node) -> list[_Value]:
+        return [self._value(one) for one in node.all_input_nodes]
+
+    @staticmethod
+    def _weighty(values: Iterable[_Value]) -> list[_Value]:
+        return [value for value in values if value.source is not None]
+
+    # Layers
+
+    def _add(self, layer: Layer, node: fx.Node, path: str) -> int:
+        layer.module, layer.node = path, node.name
+        name = path or node.name
+        self.names[name] = self.names.get(name, 0) + 1
+        layer.name = name if self.names[name] == 1 else f"{name}#{self.names[name]}"
+        self.layers.append(layer)
+        return len(self.layers) - 1
+
+    def _module(self, node: fx.Node) -> tuple[str, str] | None:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if not stack:
+            return None
+        path, kind = stack[-1]
+        return path, kind if isinstance(kind, str) else kind.__name__
+
+    def _path(self, node: fx.Node, layer: Layer, function: bool) -> str:
+        found = self._module(node)
+        path = found[0] if found else ""
+        # A module that calls another one's parameters does that one's work.
+        owners = {weight.path.rpartition(".")[0] for weight in layer.weights}
+        if not function and len(owners) == 1 and (owner := owners.pop()).startswith(path):
+            return owner
+        # A layer that isn't a module's own is named after what it does.
+        if function:
+            return f"{path}.{_base(node)}" if path else _base(node)
+        return path
+
+    def _emit(self, node: fx.Node, layer: Layer, function: bool) -> None:
+        index = self._add(layer, node, self._path(node, layer, function))
+        if function:
+            found = self._module(node)
+            layer.module = found[0] if found else ""
+        outputs = node.meta.get("val")
+        many = isinstance(outputs, (list, tuple))
+        first = outputs[0] if many else outputs
+        shape, itemsize = tuple(first.shape), first.element_size()
+        self.roots[node] = (index, prod(shape) * itemsize)
+        straight = _Value(shape, itemsize, index, tuple(range(len(shape))), root=node)
+        if not many:
+            self.values[node] = straight
+            return
+        # Beside the first output only what is as long can be followed, by its first dim.
+        more = []
+        for other in outputs[1:]:
+            if not isinstance(other, torch.Tensor):
+                more.append(_Value((), 0))
+                continue
+            at = tuple(
+                0 if d == 0 and shape and size == shape[0] else None
+                for d, size in enumerate(other.shape)
+            )
+            source = index if other.dtype.is_floating_point else None
+            more.append(_Value(tuple(other.shape), other.element_size(), source, at, root=node))
+        self.values[node] = [straight, *more]
+
+    def _note(self, what: str) -> None:
+        self.notes[what] = self.notes.get(what, 0) + 1
+
+    def _keep(self, values: Iterable[_Value]) -> None:
+        self.kept.update(v.root for v in values if v.root in self.roots)  # type: ignore[misc]
+
+    # Functions
+
+    def _function(self, node: fx.Node) -> None:
+        name = _base(node)
+        if name.startswith(_SKIPPED) or node.meta.get("val") is None:
+            return
+        if name == "getitem":
+            whole = self.values.get(node.args[0])  # type: ignore[arg-type]
+            if isinstance(whole, list):
+                self.values[node] = whole[node.args[1]]  # type: ignore[index]
+                return
+        inputs = self._inputs(node)
+        weights = [value for value in inputs if value.path is not None]
+        given = self._weighty(inputs)
+        builder: Callable[[fx.Node, Given], Layer | None] | None = kinds.BUILDERS.get(name)
+        if builder and (given or weights):
+            layer = builder(node, self._given(node))
+            if layer:
+                self._emit(node, layer, function=not weights)
+                self._keep(given)
+                if name in ("softmax", "_softmax", "log_softmax", "scaled_dot_product_attention"):
+                    self.kept.add(node)
+                return
+        if not given and not weights:
+            self.values[node] = self._none(node)
+        elif not given:
+            self._parameter(node, name, weights)
+        elif not self._follow(node, name, given, weights):
+            self._unknown(node, name, given)
+
+    def _none(self, node: fx.Node) -> _Value | list[_Value]:
+        value = node.meta["val"]
+        if isinstance(value, (list, tuple)):
+            return [_plain(one) for one in value]
+        return _plain(value)
+
+    def _given(self, node: fx.Node) -> Given:
+        def value_of(argument: object) -> Any:
+            if not isinstance(argument, fx.Node):
+                return None
+            return self._value(argument)
+
+        def operand(argument: object, dims: Sequence[str | None]) -> Operand | None:
+            value = value_of(argument)
+            if value is None or value.path is not None:
+                return None
+            return value.operand(dims)
+
+        def weight(argument: object, dims: Sequence[str | None]) -> Weight | None:
+            value = value_of(argument)
+            if value is None or value.path is None:
+                return None
+            return self._weight(value, dims)
+
+        return Given(operand, weight)
+
+    def _weight(self, value: _Value, dims: Sequence[str | None]) -> Weight:
+        """A parameter, seen through what was done to it: dims in its own order."""
+        assert value.path is not None
+        whole = tuple(self.module.get_parameter(value.path).shape)
+        own: list[str | None] = [None] * len(whole)
+        for dim, at in zip(dims, value.through, strict=True):
+            if at is not None:
+                own[at] = dim
+        # The part that a layer uses of a larger one counts as much as it is.
+        part = prod(value.shape) / max(1, prod(whole))
+        shape = whole if part >= 1 else (value.shape if len(value.shape) == len(whole) else whole)
+        return Weight(
+            value.path, shape, tuple(own), value.itemsize, self.trained.get(value.path, True)
+        )
+
+    def _parameter(self, node: fx.Node, name: str, weights: list[_Value]) -> None:
+        """What is made of parameters only is a parameter still, if it is one's view."""
+        value = weights[0]
+        through = self._through(node, name, value)
+        if len(weights) > 1 or through is None:
+            through = (None,) * len(_of(node).shape)
+        made = replace(_of(node), path=value.path, through=through)
+        result = node.meta["val"]
+        if isinstance(result, (list, tuple)):
+            self.values[node] = [
+                replace(_of_tensor(one), path=value.path, through=through) for one in result
+            ]
+        else:
+            self.values[node] = made
+
+    def _follow(
+        self, node: fx.Node, name: str, given: list[_Value], weights: list[_Value]
+    ) -> bool:
+        """Adds what only looks at a layer's output, or changes its numbers, to that layer."""
+        elementwise = name in _ELEMENTWISE or name in _COPIES
+        if elementwise and len({value.source for value in given}) > 1:
+            self._emit(node, kinds.join(node, self._given(node)), function=True)
+            if name.rstrip("_") not in _KEEPS_NONE:
+                self._keep(given)
+            return True
+        ways = [self._through(node, name, value) for value in given]
+        if None in ways or (not elementwise and len({value.source for value in given}) > 1):
+            return False
+        through = merged([way for way in ways if way is not None])
+        first = given[0]
+        assert first.source is not None
+        layer = self.layers[first.source]
+        result = node.meta["val"]
+        free = name in _FREE
+        if not free:
+            touched = sum(prod(v.shape) * v.itemsize for v in given) + _bytes(result)
+            layer.followed_bytes += touched
+            self.roots[node] = (first.source, _bytes(result))
+            if name not in _KEEPS_NONE:
+                if name in _KEEPS_OUT:
+                    self.kept.add(node)
+                else:
+                    self._keep(given)
+        for value in weights:
+            dims = [
+                layer.output.dims[at] if at is not None and size > 1 else None
+                for at, size in zip(
+                    through[len(through) - len(value.shape) :], value.shape, strict=True
+                )
+            ]
+            layer.weights = (*layer.weights, self._weight(value, dims))
+        root = first.root if free else node
+
+        def made(tensor: torch.Tensor) -> _Value:
+            return _Value(tuple(tensor.shape), tensor.element_size(), first.source, through,
+                          root=root)
+
+        if isinstance(result, (list, tuple)):
+            self.values[node] = [made(one) for one in result]
+        else:
+            self.values[node] = made(result)
+        return True
+
+    def _through(self, node: fx.Node, name: str, value: _Value) -> Through | None:
+        """The giver's dims that the output's are, or None if it is more than another look."""
+        result = node.meta["val"]
+        one = result[0] if isinstance(result, (list, tuple)) else result
+        after = tuple(one.shape)
+        before, args = value.shape, node.args
+        step: Through
+        if name in _PICKS:
+            dim = _dim(node, name, len(before))
+            kept = [d for d in range(len(before)) if d != dim or name not in ("select", "unbind")]
+            step = tuple(d if d != dim or before[d] == after[kept.index(d)] else None for d in kept)
+        elif name in ("transpose", "swapaxes"):
+            order = list(range(len(before)))
+            a, b = int(args[1]), int(args[2])  # type: ignore[arg-type]
+            order[a], order[b] = order[b], order[a]
+            step = tuple(order)
+        elif name in ("t", "numpy_T"):
+            step = tuple(reversed(range(len(before))))
+        elif name == "permute":
+            step = permuted(args[1])  # type: ignore[arg-type]
+        elif name in ("cat", "stack"):
+            dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+            if name == "stack":
+                dim %= len(after)
+                step = (*range(dim), None, *range(dim, len(before)))
+            else:
+                dim %= len(after)
+                step = tuple(None if d == dim else d for d in range(len(after)))
+        elif name in _VIEWS:
+            step = reshaped(before, after)
+        elif name in ("expand", "expand_as", "repeat") or name in _ELEMENTWISE or name in (
+            "to", "detach", "alias", "view_as", "type_as", "lift_fresh_copy", "pad",
+            "constant_pad_nd", "clone", "contiguous", "_to_copy",
+        ):  # fmt: skip
+            extra = len(after) - len(before)
+            step = (None,) * extra + tuple(
+                d if size == after[d + extra] else None for d, size in enumerate(before)
+            )
+            if name in ("tril", "triu"):
+                step = (*step[:-2], None, None)
+        else:
+            return None
+        return then(value.through, step)
+
+    def _unknown(self, node: fx.Node, name: str, given: list[_Value]) -> None:
+        layer = kinds.other(node, [value.operand(self._batch(node, value)) for value in given])
+        if not layer.splits:
+            self._note(f"{name} isn't known: every device does all of it")
+        self._emit(node, layer, function=True)
+        self._keep(given)
+
+    @staticmethod
+    def _batch(node: fx.Node, value: _Value) -> list[str | None]:
+        result = node.meta["val"]
+        one = result[0] if isinstance(result, (list, tuple)) else result
+        # Several rows of an item lie side by side, so its shards are theirs.
+        same = bool(value.shape) and bool(one.shape) and value.shape[0] % one.shape[0] == 0
+        return ["b" if d == 0 and same else None for d in range(len(value.shape))]
+
+    # Groups
+
+    def _groups(self) -> dict[fx.Node, list[fx.Node]]:
+        """Runs of nodes inside one module that is a layer by its name, by their first node."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        current: list[fx.Node] = []
+        inside = ""
+        for node in self.nodes:
+            if node.op != "call_function":
+                continue
+            path = ""
+            for place, kind in (node.meta.get("nn_module_stack") or {}).values():
+                name = kind if isinstance(kind, str) else kind.__name__
+                if _GROUPS.search(name.rsplit(".", 1)[-1]):
+                    path = place
+                    break
+            if path and path == inside:
+                current.append(node)
+            elif path:
+                current = [node]
+                found[node] = current
+            inside = path
+        return {first: group for first, group in found.items() if len(group) > 1}
+
+    def _grouped(self, group: list[fx.Node]) -> bool:
+        """One layer for all of it, if it leaves one tensor."""
+        # What only looks at the input is its giver's, and may be used elsewhere.
+        while group and (_base(group[0]) in _FREE or group[0].meta.get("val") is None):
+            self._function(group.pop(0))
+        members = set(group)
+        leaves = [n for n in group if any(user not in members for user in n.users)]
+        if len(leaves) != 1 or not isinstance(leaves[0].meta.get("val"), torch.Tensor):
+            return False
+        if any(_base(n) in ("batch_norm", "layer_norm", "linear") for n in group):
+            return False
+        outside = dict.fromkeys(
+            one for n in group for one in n.all_input_nodes if one not in members
+        )
+        inputs = [self._value(one) for one in outside]
+        given = self._weighty(inputs)
+        if not given:
+            return False
+        weights = [
+            self._weight(v, [None] * len(v.shape)) for v in inputs if v.path is not None
+        ]
+        leaf, first = leaves[0], given[0]
+        norm = "Norm" in self._class(group[0])
+        layer = kinds.group(leaf, group, given=[v.operand(self._batch(leaf, v)) for v in given],
+                            weights=tuple(weights), norm=norm)  # fmt: skip
+        self._emit(leaf, layer, function=False)
+        layer.name = layer.module = self._group_path(group[0])
+        inner = [n for n in group if n is not leaf and _base(n) not in _FREE]
+        layer.kept_bytes += sum(
+            _bytes(n.meta.get("val")) for n in inner if _base(n) not in _KEEPS_NONE
+        ) * (not norm)
+        self._keep([first])
+        return True
+
+    def _class(self, node: fx.Node) -> str:
+        return self._outer(node)[1]
+
+    def _group_path(self, node: fx.Node) -> str:
+        return self._outer(node)[0]
+
+    @staticmethod
+    def _outer(node: fx.Node) -> tuple[str, str]:
+        for place, kind in (node.meta.get("nn_module_stack") or {}).values():
+            name = kind if isinstance(kind, str) else kind.__name__
+            if _GROUPS.search(name.rsplit(".", 1)[-1]):
+                return place, name.rsplit(".", 1)[-1]
+        return "", ""
+
+
+def _base(node: fx.Node) -> str:
+    """The operation's name, without overload; in place or not is the same."""
+    target = node.target
+    name = getattr(target, "_opname", None) or getattr(target, "__name__", str(target))
+    return str(name).rstrip("_") if not str(name).startswith("__") else str(name)
+
+
+def _of_tensor(tensor: Any) -> _Value:
+    if not isinstance(tensor, torch.Tensor):
+        return _Value((), 0)
+    return _Value(tuple(int(size) for size in tensor.shape), tensor.element_size())
+
+
+def _plain(value: Any) -> _Value:
+    return _of_tensor(value)
+
+
+def _of(node: fx.Node) -> _Value:
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else None
+    return _of_tensor(value)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, (list, tuple)):
+        return sum(map(_bytes, value))
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _dim(node: fx.Node, name: str, dims: int) -> int:
+    """The dim that a pick picks from."""
+    place = {"split": 2, "split_with_sizes": 2, "chunk": 2, "tensor_split": 2}.get(name, 1)
+    dim = node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0)
+    return int(dim) % dims  # type: ignore[arg-type]
+
+
+def _users(node: fx.Node) -> list[fx.Node]:
+    """The operations that use a parameter, through its views."""
+    found = []
+    for user in node.users:
+        if user.op == "call_function" and _base(user) in _FREE | {"getitem"}:
+            found += _users(user)[:1] if _base(user) in _PICKS | {"getitem"} else _users(user)
+        elif user.op == "call_function":
+            found.append(user)
+    return found
