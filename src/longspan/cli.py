@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from longspan.commands.plan_layers import plan_layers
 from longspan.commands.simulate import app as simulate
 from longspan.errors import LongspanError
 from longspan.lab.commands import app as lab
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(simulate, name="simulate")
 app.add_typer(lab, name="lab")
+app.command(name="plan-layers")(plan_layers)
 
 
 @app.command()

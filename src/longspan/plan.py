@@ -77,7 +77,8 @@ class LayerChoice:
     ``zero``: parameters, gradients and optimizer state are kept sharded over the axes that
     their gradients are summed over, and gathered for use. ``recompute``: the output is not kept
     for backward but computed again. ``seconds`` are its own, forward and backward; a plan whose
-    layer takes ``runner_up`` instead costs ``runner_up_s`` more.
+    layer takes ``runner_up`` instead costs ``runner_up_s`` more, and ``why`` says what is dearer
+    then, or with the batch split.
     """
 
     name: str
@@ -94,6 +95,7 @@ class LayerChoice:
     memory_bytes: int
     runner_up: str
     runner_up_s: float
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
