@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from longspan.errors import ModelError
 from longspan.planner import kinds
-from longspan.planner.follow import Through, merged, permuted, reshaped, then
+from longspan.planner.follow import Through, merged, narrowed, permuted, reshaped, then
 from longspan.planner.graph import Graph, Layer, Operand, Weight
 from longspan.planner.kinds import Given
 
@@ -24,14 +24,33 @@ __all__ = ["capture"]
 
 _GROUPS = re.compile(r"Norm|Experts")  # modules that are one layer, whatever they are made of
 _SKIPPED = ("_assert", "sym_", "alias_set")
-_PICKS = {"slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
+_PICKS = {
+    "slice",
+    "narrow",
+    "select",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unbind",
+    "tensor_split",
+}
 _MOVES = {"transpose", "permute", "t", "numpy_T", "swapaxes", "movedim", "expand", "expand_as"}
 _COPIES = {"contiguous", "clone", "_to_copy", "repeat", "cat", "stack", "pad", "constant_pad_nd"}
 _VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"}
 _FREE = _PICKS | _MOVES | _VIEWS | {"to", "detach", "alias", "view_as", "lift_fresh_copy"}
 # Number by number: what comes out has the shape of what goes in (broadcast together).
 _KEEPS_NONE = {"add", "sub", "rsub", "neg", "dropout", "clone", "contiguous", "_to_copy", "cat"}
-_KEEPS_OUT = {"relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "softmax", "leaky_relu", "hardtanh"}
+_KEEPS_OUT = {
+    "relu",
+    "sigmoid",
+    "tanh",
+    "exp",
+    "sqrt",
+    "rsqrt",
+    "softmax",
+    "leaky_relu",
+    "hardtanh",
+}
 _ELEMENTWISE = _KEEPS_NONE | _KEEPS_OUT | {
     "mul", "div", "pow", "gelu", "silu", "mish", "elu", "selu", "softplus", "log", "log1p", "abs",
     "sin", "cos", "clamp", "clamp_min", "clamp_max", "where", "masked_fill", "maximum", "minimum",
@@ -40,6 +59,9 @@ _ELEMENTWISE = _KEEPS_NONE | _KEEPS_OUT | {
     "triu", "lerp", "feature_dropout", "alpha_dropout", "float_power", "logical_not", "floor",
     "softcap", "nan_to_num", "round", "copy", "eq", "ne", "lt", "le", "gt", "ge", "expm1",
 }  # fmt: skip
+
+
+_Way = tuple[Through, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +76,17 @@ class _Value:
     itemsize: int
     source: int | None = None
     through: Through = ()
+    grain: tuple[int, ...] = ()
     path: str | None = None
     root: fx.Node | None = None
 
     def operand(self, dims: Sequence[str | None]) -> Operand:
-        return Operand(self.shape, tuple(dims), self.itemsize, self.source, self.through)
+        return Operand(
+            self.shape, tuple(dims), self.itemsize, self.source, self.through, self.grain
+        )
 
 
-def capture(
-    module: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any]
-) -> Graph:
+def capture(module: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Graph:
     """The layers of ``module`` as it is called with ``example_inputs``, by place or by name.
 
     The module should be on the meta device, in training mode; what the inputs hold doesn't
@@ -95,8 +118,9 @@ class _Capture:
         self.roots: dict[fx.Node, tuple[int, int]] = {}  # node → its layer, its bytes
         self.kept: set[fx.Node] = set()
         self.names: dict[str, int] = {}
-        self.trained = {path: p.requires_grad for path, p in module.named_parameters(
-            remove_duplicate=False)}
+        self.trained = {
+            path: p.requires_grad for path, p in module.named_parameters(remove_duplicate=False)
+        }
         self.paths = dict(program.graph_signature.inputs_to_parameters)
         self.shared: dict[str, int] = {}
 
@@ -133,7 +157,13 @@ class _Capture:
         path = self.paths.get(node.name)
         if path is not None:
             through = tuple(range(len(value.shape)))
-            value = replace(value, path=path, through=through, source=self.shared.get(path))
+            value = replace(
+                value,
+                path=path,
+                through=through,
+                grain=value.shape,
+                source=self.shared.get(path),
+            )
             if value.source is not None:
                 value = replace(value, path=None, root=None)
         self.values[node] = value
@@ -204,7 +234,7 @@ class _Capture:
         first = outputs[0] if many else outputs
         shape, itemsize = tuple(first.shape), first.element_size()
         self.roots[node] = (index, prod(shape) * itemsize)
-        straight = _Value(shape, itemsize, index, tuple(range(len(shape))), root=node)
+        straight = _Value(shape, itemsize, index, tuple(range(len(shape))), shape, root=node)
         if not many:
             self.values[node] = straight
             return
@@ -219,7 +249,8 @@ class _Capture:
                 for d, size in enumerate(other.shape)
             )
             source = index if other.dtype.is_floating_point else None
-            more.append(_Value(tuple(other.shape), other.element_size(), source, at, root=node))
+            size = tuple(other.shape)
+            more.append(_Value(size, other.element_size(), source, at, size, root=node))
         self.values[node] = [straight, *more]
 
     def _note(self, what: str) -> None:
@@ -302,21 +333,22 @@ class _Capture:
     def _parameter(self, node: fx.Node, name: str, weights: list[_Value]) -> None:
         """What is made of parameters only is a parameter still, if it is one's view."""
         value = weights[0]
-        through = self._through(node, name, value)
-        if len(weights) > 1 or through is None:
-            through = (None,) * len(_of(node).shape)
-        made = replace(_of(node), path=value.path, through=through)
+        way = self._through(node, name, value)
+        shape = _of(node).shape
+        if len(weights) > 1 or way is None:
+            way = (None,) * len(shape), shape
+        through, grain = way
+        made = replace(_of(node), path=value.path, through=through, grain=grain)
         result = node.meta["val"]
         if isinstance(result, (list, tuple)):
             self.values[node] = [
-                replace(_of_tensor(one), path=value.path, through=through) for one in result
+                replace(_of_tensor(one), path=value.path, through=through, grain=grain)
+                for one in result
             ]
         else:
             self.values[node] = made
 
-    def _follow(
-        self, node: fx.Node, name: str, given: list[_Value], weights: list[_Value]
-    ) -> bool:
+    def _follow(self, node: fx.Node, name: str, given: list[_Value], weights: list[_Value]) -> bool:
         """Adds what only looks at a layer's output, or changes its numbers, to that layer."""
         elementwise = name in _ELEMENTWISE or name in _COPIES
         if elementwise and len({value.source for value in given}) > 1:
@@ -327,7 +359,9 @@ class _Capture:
         ways = [self._through(node, name, value) for value in given]
         if None in ways or (not elementwise and len({value.source for value in given}) > 1):
             return False
-        through = merged([way for way in ways if way is not None])
+        found = [way for way in ways if way is not None]
+        through = merged([way for way, _ in found])
+        grain = tuple(gcd(*sizes) for sizes in zip(*(sizes for _, sizes in found), strict=True))
         first = given[0]
         assert first.source is not None
         layer = self.layers[first.source]
@@ -353,8 +387,8 @@ class _Capture:
         root = first.root if free else node
 
         def made(tensor: torch.Tensor) -> _Value:
-            return _Value(tuple(tensor.shape), tensor.element_size(), first.source, through,
-                          root=root)
+            shape = tuple(tensor.shape)
+            return _Value(shape, tensor.element_size(), first.source, through, grain, root=root)
 
         if isinstance(result, (list, tuple)):
             self.values[node] = [made(one) for one in result]
@@ -362,7 +396,7 @@ class _Capture:
             self.values[node] = made(result)
         return True
 
-    def _through(self, node: fx.Node, name: str, value: _Value) -> Through | None:
+    def _through(self, node: fx.Node, name: str, value: _Value) -> _Way | None:
         """The giver's dims that the output's are, or None if it is more than another look."""
         result = node.meta["val"]
         one = result[0] if isinstance(result, (list, tuple)) else result
@@ -404,7 +438,7 @@ class _Capture:
                 step = (*step[:-2], None, None)
         else:
             return None
-        return then(value.through, step)
+        return then(value.through, step), narrowed(value.grain, step, after)
 
     def _unknown(self, node: fx.Node, name: str, given: list[_Value]) -> None:
         layer = kinds.other(node, [value.operand(self._batch(node, value)) for value in given])
@@ -463,9 +497,7 @@ class _Capture:
         given = self._weighty(inputs)
         if not given:
             return False
-        weights = [
-            self._weight(v, [None] * len(v.shape)) for v in inputs if v.path is not None
-        ]
+        weights = [self._weight(v, [None] * len(v.shape)) for v in inputs if v.path is not None]
         leaf, first = leaves[0], given[0]
         norm = "Norm" in self._class(group[0])
         layer = kinds.group(leaf, group, given=[v.operand(self._batch(leaf, v)) for v in given],

@@ -77,24 +77,28 @@ def given_codes(
             if dim in operand.dims:
                 at = operand.dims.index(dim)
                 was = operand.through[at]
-                same = was is not None and giver[was] == operand.shape[at]
-                if was is not None and (same or giver[was] % parts[dim] == 0):
+                grain = operand.grain[at] if was is not None else 1
+                same = was is not None and grain == giver[was] == operand.shape[at]
+                if was is not None and (same or grain % parts[dim] == 0):
                     code = grad = was
         taken.append(code)
         left.append(grad)
     return tuple(taken), tuple(left)
 
 
-def choices(layers: Sequence[Layer], sizes: Sequence[int]) -> list[Choice]:
+def choices(layers: Sequence[Layer], sizes: Sequence[int], inside: int = 0) -> list[Choice]:
     """All choices that every one of ``layers`` can make, which are alike but for their outputs.
 
     Each dim has neighbouring axes: batch and sequence the outermost, then the other dims in any
-    order, and axes that do the same beside any of them. A dim is split evenly, but for the batch.
+    order, and before or behind all of them axes whose ranks do the same. A dim is split evenly,
+    but for the batch. On more than 16 devices those that do the same are all that are within a
+    node (the last ``inside`` axes, or half of the axes), or one of every node. Partial sums go to all ranks, or are scattered over the batch, or over the
+    sequence where the batch has too few for it.
     """
     layer = layers[0]
     splits = [dim for dim in layer.splits if all(dim in one.splits for one in layers)]
     found: dict[Choice, None] = {}
-    for dims in _assignments(splits, len(sizes)):
+    for dims in _assignments(splits, len(sizes), inside):
         choice = Choice(dims)
         parts = choice.parts(sizes)
         if not all(_divides(one.sizes, parts) for one in layers):
@@ -106,6 +110,7 @@ def choices(layers: Sequence[Layer], sizes: Sequence[int]) -> list[Choice]:
                 whole = parts.get(to, 1) * prod(parts[dim] for dim in summed if dim)
                 if _divides({to: layer.output.shape[layer.output.dims.index(to)]}, {to: whole}):
                     found[Choice(dims, to)] = None
+                    break
     return list(found)
 
 
@@ -116,7 +121,10 @@ def _divides(sizes: Mapping[str, int], parts: Mapping[str, int]) -> bool:
     )
 
 
-def _assignments(splits: Sequence[str], axes: int) -> Iterator[tuple[str | None, ...]]:
+_FEW = 4  # axes for which every number of idle ones is tried
+
+
+def _assignments(splits: Sequence[str], axes: int, inside: int) -> Iterator[tuple[str | None, ...]]:
     first = [dim for dim in _FIRST if dim in splits]
     rest = [dim for dim in splits if dim not in _FIRST]
     orders: dict[tuple[str | None, ...], None] = {}
@@ -126,15 +134,16 @@ def _assignments(splits: Sequence[str], axes: int) -> Iterator[tuple[str | None,
                 for outer in combinations(first, many):
                     whole = (*outer, *some)
                     orders[whole] = None
-                    for place in {0, len(outer), len(whole)}:
-                        orders[(*whole[:place], None, *whole[place:])] = None
+                    orders[(None, *whole)] = orders[(*whole, None)] = None
+    inside = inside if 0 < inside < axes else axes // 2
     for order in orders:
         if not 0 < len(order) <= axes:
             continue
         for cuts in combinations(range(1, axes), len(order) - 1):
             bounds = (0, *cuts, axes)
-            yield tuple(
-                dim
-                for dim, start, end in zip(order, bounds, bounds[1:], strict=False)
-                for _ in range(end - start)
-            )
+            lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+            idle = sum(n for dim, n in zip(order, lengths, strict=True) if dim is None)
+            level = inside if order[-1] is None else axes - inside
+            if axes > _FEW and idle not in (0, level, axes):
+                continue
+            yield tuple(dim for dim, n in zip(order, lengths, strict=True) for _ in range(n))

@@ -4,9 +4,9 @@ A dim is followed only if a shard of it stays a shard of the same rank's numbers
 """
 
 from collections.abc import Sequence
-from math import prod
+from math import gcd, prod
 
-__all__ = ["Through", "merged", "permuted", "reshaped", "then"]
+__all__ = ["Through", "merged", "narrowed", "permuted", "reshaped", "then"]
 
 Through = tuple[int | None, ...]  # for each dim the dim it was, or None
 
@@ -14,6 +14,18 @@ Through = tuple[int | None, ...]  # for each dim the dim it was, or None
 def then(first: Through, second: Through) -> Through:
     """What ``second`` makes of the dims that ``first`` has made."""
     return tuple(None if dim is None else first[dim] for dim in second)
+
+
+def narrowed(grain: Sequence[int], step: Through, after: Sequence[int]) -> tuple[int, ...]:
+    """Into how many parts each dim can be split, after one more view, so that shards stay.
+
+    The parts must divide what the dim has been all along the way: keys' heads that are repeated
+    for the queries' can be split no finer than they were.
+    """
+    return tuple(
+        size if dim is None else gcd(grain[dim], size)
+        for dim, size in zip(step, after, strict=True)
+    )
 
 
 def merged(several: Sequence[Through]) -> Through:

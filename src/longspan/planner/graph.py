@@ -22,7 +22,8 @@ class Operand:
     """A tensor that a layer is given or leaves; ``dims`` name its dims in the iteration space.
 
     ``source`` is the place of the layer that gave it (None: an input of the model, or a constant),
-    ``through`` the giver's dim that each of its dims is.
+    ``through`` the giver's dim that each of its dims is, and ``grain`` how many parts it can be
+    split into to be that.
     """
 
     shape: tuple[int, ...]
@@ -30,6 +31,7 @@ class Operand:
     itemsize: int
     source: int | None = None
     through: Through = ()
+    grain: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -95,7 +97,10 @@ class Layer:
             tuple(self.sizes.items()),
             self.flops,
             self.bytes,
-            tuple((x.shape, x.dims, x.itemsize, x.source is None, x.through) for x in self.inputs),
+            tuple(
+                (x.shape, x.dims, x.itemsize, x.source is None, x.through, x.grain)
+                for x in self.inputs
+            ),
             tuple((w.shape, w.dims, w.itemsize, w.trained) for w in self.weights),
             self.output,
             self.splits,

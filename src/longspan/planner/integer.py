@@ -59,7 +59,9 @@ class _Rows:
     columns: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
-    def add(self, lower: float, upper: float, columns: Sequence[int], values: Sequence[float]) -> None:
+    def add(
+        self, lower: float, upper: float, columns: Sequence[int], values: Sequence[float]
+    ) -> None:
         self.lower.append(lower)
         self.upper.append(upper)
         self.starts.append(len(self.columns))
@@ -162,9 +164,7 @@ class _Program:
 
     def columns_of(self, flat: Sequence[int]) -> list[int]:
         """The columns that are 1 in an assignment."""
-        return [
-            int(self.first[v] + np.searchsorted(self.kept[v], at)) for v, at in enumerate(flat)
-        ]
+        return [int(self.first[v] + np.searchsorted(self.kept[v], at)) for v, at in enumerate(flat)]
 
     def run(
         self, unit: float, bans: Sequence[Sequence[int]], seconds: float

@@ -178,9 +178,7 @@ def _matmul(node: fx.Node, given: Given) -> Layer | None:
     inputs = [given.operand(x, of(shapes[0])), given.operand(w, of(shapes[1]))]
     left = _left(node, dims)
     flops = 2.0 * out.numel() * shapes[0][-1]
-    return made(
-        "matmul", "matmul", _sizes(left), inputs, left, flops=flops, dtype=_dtype(node)
-    )
+    return made("matmul", "matmul", _sizes(left), inputs, left, flops=flops, dtype=_dtype(node))
 
 
 def _attention(node: fx.Node, given: Given) -> Layer | None:
@@ -276,9 +274,7 @@ def _normalised(node: fx.Node, given: Given, last: int, scales: Sequence[Any]) -
     inputs = [given.operand(x, dims)]
     out = _left(node, dims)
     held = [given.weight(w, (None,) * len(_shape(w))) for w in scales if isinstance(w, fx.Node)]
-    return made(
-        "norm", "elementwise", _sizes(out), inputs, out, weights=held, dtype=_dtype(node)
-    )
+    return made("norm", "elementwise", _sizes(out), inputs, out, weights=held, dtype=_dtype(node))
 
 
 def _layer_norm(node: fx.Node, given: Given) -> Layer:
@@ -433,9 +429,7 @@ def join(node: fx.Node, given: Given) -> Layer:
         inputs.append(given.operand(one, inside))
         held.append(given.weight(one, inside))
     done = _left(node, dims)
-    return made(
-        "join", "elementwise", _sizes(done), inputs, done, weights=held, dtype=_dtype(node)
-    )
+    return made("join", "elementwise", _sizes(done), inputs, done, weights=held, dtype=_dtype(node))
 
 
 # Operations that never mix the first dim, for all of their arguments or by the dim they name.
@@ -482,7 +476,7 @@ def group(
         rank = len(given[0].shape)
         dims = (*names(rank)[: rank - 1], None)
         x = given[0]
-        left = Operand(x.shape, dims, x.itemsize, x.source, x.through)
+        left = Operand(x.shape, dims, x.itemsize, x.source, x.through, x.grain)
         out = _left(leaf, dims)
         return made(
             "norm", "elementwise", _sizes(out), [left], out, weights=weights, dtype=_dtype(leaf)

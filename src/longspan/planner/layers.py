@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from longspan.cluster.spec import Cluster
@@ -23,11 +24,13 @@ from longspan.planner.choices import Choice, codes_of, given_codes, mesh_of
 from longspan.planner.eliminate import Floats
 from longspan.planner.graph import Graph
 from longspan.planner.price import OPTIONS, Node, Prices, Pricing
+from longspan.planner.prune import dearer_by, undominated
 from longspan.planner.solve import solve
 from longspan.planner.wires import PARTIAL, REPLICATE, Codes
 
 __all__ = ["Planner", "plan_layers"]
 
+Bools = NDArray[np.bool_]
 Assignment = tuple[int, ...]  # for each node: choice · options + option
 
 
@@ -45,73 +48,152 @@ class Planner:
     """Everything that is known of one model on one cluster, to be asked in several ways."""
 
     def __init__(
-        self, graph: Graph, cluster: Cluster, pricing: Pricing | None = None, ranks: int | None = None
+        self,
+        graph: Graph,
+        cluster: Cluster,
+        pricing: Pricing | None = None,
+        ranks: int | None = None,
     ) -> None:
         world = cluster.ranks if ranks is None else ranks
         if not 1 <= world <= cluster.ranks:
-            raise ConfigError(f"{world} ranks on a cluster of {cluster.ranks}: give 1 to all of them")
+            raise ConfigError(
+                f"{world} ranks on a cluster of {cluster.ranks}: give 1 to all of them"
+            )
         self.graph, self.cluster = graph, cluster
         self.pricing = pricing or Pricing()
         self.sizes = mesh_of(world, _levels(cluster, world))
         self.axes = {f"m{axis}": size for axis, size in enumerate(self.sizes)}
-        self.prices = Prices(graph, cluster, self.sizes, self.pricing)
+        self._inside = len(_axes_within(cluster, self.sizes))
+        self.prices = Prices(graph, cluster, self.sizes, self.pricing, self._inside)
         self.nodes = self.prices.nodes()
         self.edges = self.prices.edges(self.nodes)
         self.names = [graph.layers[node.layers[0]].name for node in self.nodes]
+        self._dearer: dict[tuple[int, bool], Floats] = {}
         self._near: list[list[tuple[int, Floats]]] = [[] for _ in self.nodes]
+        self._pairs_of: list[list[tuple[int, int]]] = [[] for _ in self.nodes]
         for (u, v), table in self.edges.items():
             self._near[u].append((v, table))
             self._near[v].append((u, table.T))
+            self._pairs_of[u].append((u, v))
+            self._pairs_of[v].append((u, v))
 
     def best(
         self,
         limit: float | None = None,
-        allowed: Sequence[Floats] | None = None,
+        allowed: Sequence[Bools] | None = None,
     ) -> Found:
-        """The cheapest assignment, of what is ``allowed`` (1) and not (inf), within ``limit``.
+        """The cheapest assignment, of what is ``allowed``, within ``limit``.
 
         ``limit``: bytes on a device. Raises MemoryLimitError if nothing fits.
         """
-        walls = allowed or [np.ones_like(node.costs.now) for node in self.nodes]
-        now = [n.costs.now * w for n, w in zip(self.nodes, walls, strict=True)]
+        walls = allowed or [np.ones(node.costs.now.shape, bool) for node in self.nodes]
+        now = [np.where(w, n.costs.now, np.inf) for n, w in zip(self.nodes, walls, strict=True)]
         later = [n.costs.later for n in self.nodes]
-        edges = [(u, v, table) for (u, v), table in self.edges.items()]
-        memory = [n.costs.memory for n in self.nodes] if limit is not None else None
         found: Found | None = None
         bound = -np.inf
 
-        def ask(share: float) -> float:
+        def ask(share: float) -> tuple[float, float]:
             nonlocal found, bound
             costs = [a + share * b for a, b in zip(now, later, strict=True)]
-            answer = solve(costs, edges, memory=memory, limit=limit, names=self.names)
-            bound = max(bound, answer.bound)
-            seconds, slack = self.measure(answer.assignment)
-            if found is None or seconds < found.seconds:
-                held = self.memory(answer.assignment)
-                found = Found(answer.assignment, seconds, 0.0, held)
-            return slack
+            assignment, least = self._solve(costs, limit)
+            bound = max(bound, least)
+            for one in (assignment, self._improved(assignment, walls, limit)):
+                seconds = self.measure(one)
+                held = self.memory(one)
+                if (found is None or seconds < found.seconds) and (limit is None or held <= limit):
+                    found = Found(one, seconds, 0.0, held)
+            return self._sums(assignment)
 
-        # Most often reductions are hidden for good, or not at all.
-        low, high = 0.0, 1.0
-        if ask(1.0) < 0 and ask(0.0) > 0:
-            for _ in range(6):
-                middle = (low + high) / 2
-                low, high = (middle, high) if ask(middle) > 0 else (low, middle)
-                assert found is not None
-                if found.seconds - bound <= 1e-3 * found.seconds:
+        # Each answer is a line over the share; the next is asked where the best two cross.
+        hidden, open_ = ask(1.0), ask(0.0)
+        if hidden[1] < 0 < open_[1]:
+            for _ in range(8):
+                share = (hidden[0] - open_[0]) / (open_[1] - hidden[1])
+                line = ask(share)
+                if line in (hidden, open_):
                     break
+                hidden, open_ = (line, open_) if line[1] <= 0 else (hidden, line)
         assert found is not None
         return Found(found.assignment, found.seconds, min(bound, found.seconds), found.memory)
 
-    def measure(self, assignment: Assignment) -> tuple[float, float]:
-        """Seconds of a step, and what of the reductions backward can't hide (below 0: it can)."""
+    def _improved(
+        self, assignment: Assignment, walls: Sequence[Bools], limit: float | None
+    ) -> Assignment:
+        """Each node in turn takes what makes the step quickest, as long as one gets quicker."""
+        at = list(assignment)
+        now, later = self._sums(assignment)
+        held = self.memory(assignment)
+        options = len(OPTIONS)
+        for _ in range(20):
+            before = now + max(0.0, later)
+            for index, node in enumerate(self.nodes):
+                joined = np.zeros(len(node.choices))
+                for other, table in self._near[index]:
+                    joined = joined + table[:, at[other] // options]
+                own = np.where(walls[index], node.costs.now, np.inf) + joined[:, None]
+                mine, more = at[index], node.costs.memory
+                new_now = now - own.flat[mine] + own
+                new_later = later - node.costs.later.flat[mine] + node.costs.later
+                new_held = held - more.flat[mine] + more
+                whole = new_now + np.maximum(0.0, new_later)
+                if limit is not None:
+                    whole = np.where(new_held <= limit, whole, np.inf)
+                best = int(np.argmin(whole))
+                if whole.flat[best] < whole.flat[mine] * (1 - 1e-9):
+                    at[index] = best
+                    now, later = float(new_now.flat[best]), float(new_later.flat[best])
+                    held = float(new_held.flat[best])
+            if now + max(0.0, later) >= before * (1 - 1e-6):
+                break
+        return tuple(at)
+
+    def _solve(self, costs: Sequence[Floats], limit: float | None) -> tuple[Assignment, float]:
+        """The cheapest assignment, searched without what is ruled out or dominated, and a bound."""
+        kept = []
+        for index, (node, cost) in enumerate(zip(self.nodes, costs, strict=True)):
+            possible = np.flatnonzero(np.isfinite(cost).any(axis=1))
+            held = None if limit is None else node.costs.memory[possible]
+            dearer = [
+                self._dearer_by(pair, index == pair[1])[np.ix_(possible, possible)]
+                for pair in self._pairs_of[index]
+            ]
+            kept.append(possible[undominated(cost[possible], dearer, held)])
+        answer = solve(
+            [cost[rows] for cost, rows in zip(costs, kept, strict=True)],
+            [(u, v, t[np.ix_(kept[u], kept[v])]) for (u, v), t in self.edges.items()],
+            memory=None
+            if limit is None
+            else [n.costs.memory[rows] for n, rows in zip(self.nodes, kept, strict=True)],
+            limit=limit,
+            names=self.names,
+        )
+        options = len(OPTIONS)
+        assignment = tuple(
+            int(rows[at // options]) * options + at % options
+            for rows, at in zip(kept, answer.assignment, strict=True)
+        )
+        return assignment, answer.bound
+
+    def _dearer_by(self, pair: tuple[int, int], second: bool) -> Floats:
+        table = self.edges[pair]
+        key = (id(table), second)  # tables of repeated blocks are one and the same
+        if key not in self._dearer:
+            self._dearer[key] = dearer_by(table.T if second else table)
+        return self._dearer[key]
+
+    def measure(self, assignment: Assignment) -> float:
+        """Seconds of a step."""
+        now, later = self._sums(assignment)
+        return now + max(0.0, later)
+
+    def _sums(self, assignment: Assignment) -> tuple[float, float]:
         now = later = 0.0
         for node, at in zip(self.nodes, assignment, strict=True):
             now += float(node.costs.now.flat[at])
             later += float(node.costs.later.flat[at])
         for (u, v), table in self.edges.items():
             now += float(table[self._choice(assignment, u), self._choice(assignment, v)])
-        return now + max(0.0, later), later
+        return now, later
 
     def memory(self, assignment: Assignment) -> float:
         """Bytes on a device."""
@@ -140,8 +222,7 @@ class Planner:
 
     def tensor_parallel(self) -> Found:
         """Megatron-style: the batch over the nodes, and everything else within a node."""
-        inside = len(_axes_within(self.cluster, self.sizes))
-        outside = len(self.sizes) - inside
+        outside = len(self.sizes) - self._inside
 
         def fits(node: Node) -> Callable[[Choice], bool]:
             most = max(choice.dims[:outside].count("b") for choice in node.choices)
@@ -160,12 +241,12 @@ class Planner:
         allowed = []
         for node in self.nodes:
             test = fits(node)
-            wall = np.full(node.costs.now.shape, np.inf)
+            wall = np.zeros(node.costs.now.shape, bool)
             chosen = [at for at, choice in enumerate(node.choices) if test(choice)]
             columns = [at for at, one in enumerate(OPTIONS) if option(one)]
             for at in chosen or range(len(node.choices)):
                 usable = [c for c in columns if np.isfinite(node.costs.now[at, c])]
-                wall[at, usable or [0]] = 1.0
+                wall[at, usable or [0]] = True
             allowed.append(wall)
         return self.best(allowed=allowed)
 
@@ -262,18 +343,19 @@ class Planner:
         pure = [at for at, c in enumerate(node.choices) if set(c.dims) == {"b"} and not c.to]
         against = pure[0] if pure and pure[0] != mine else second
         zero = OPTIONS[option][0]
-        differences = {"handing on": float(moves[against] - moves[mine])}
+        saves: dict[str, float] = {}
         for place in node.layers:
             layer = self.graph.layers[place]
             one = self.prices.parts(layer, node.choices[mine], zero)
             two = self.prices.parts(layer, node.choices[against], zero)
-            for what in one:
-                differences[what] = differences.get(what, 0.0) + two[what] - one[what]
-        what, saved = max(differences.items(), key=lambda item: item[1])
+            for part in one:
+                saves[part] = saves.get(part, 0.0) + two[part] - one[part]
         name = self.said(node.choices[against])
-        why = f"saves {saved * 1e3:.3g} ms of {what} against {name}" if saved > 0 else (
-            f"as good as {name}"
-        )
+        part = max(saves, key=lambda one: saves[one])
+        if saves[part] <= 0:
+            part, saves["handing on"] = "handing on", float(moves[against] - moves[mine])
+        gain = f"{saves[part] * 1e3:.2g} ms of {part}"
+        why = f"saves {gain} against {name}" if saves[part] > 0 else f"as good as {name}"
         return self.said(node.choices[second]), more, why
 
     def said(self, choice: Choice) -> str:
@@ -326,8 +408,8 @@ def plan_layers(
     return planner.plan(best, type(module).__name__, others)
 
 
-def _fix(planner: Planner, fixed: Mapping[str, Mapping[str, int]]) -> list[Floats]:
-    allowed = [np.ones_like(node.costs.now) for node in planner.nodes]
+def _fix(planner: Planner, fixed: Mapping[str, Mapping[str, int]]) -> list[Bools]:
+    allowed = [np.ones(node.costs.now.shape, bool) for node in planner.nodes]
     for name, parts in fixed.items():
         names = [
             [planner.graph.layers[place].name for place in node.layers] for node in planner.nodes
@@ -349,7 +431,7 @@ def _fix(planner: Planner, fixed: Mapping[str, Mapping[str, int]]) -> list[Float
                     f"layer {name!r} can't be split as {said(wanted)}: "
                     f"use one of {'; '.join(list(possible)[:12])}"
                 )
-            allowed[at][~np.array(fits)] = np.inf
+            allowed[at][~np.array(fits)] = False
     return allowed
 
 

@@ -38,7 +38,8 @@ class Pricing:
     ``model``: "longspan", or "pase" for PaSE's own (words of 8 bytes, one bandwidth, no latency,
     multiply-adds counted as one, embeddings as dense products). ``overlap``: the share of backward
     that gradient reductions can hide behind. ``zero`` and ``recompute``: whether these are
-    options. ``optimizer_bytes`` of state are kept for a parameter. ``bucket_bytes``: gradients
+    options. ``synchronised``: batch norms take the statistics of the whole batch, as one process
+    does; else each rank its own. ``optimizer_bytes`` of state are kept for a parameter. ``bucket_bytes``: gradients
     are reduced so many at a time, which share a latency.
     """
 
@@ -46,6 +47,7 @@ class Pricing:
     overlap: float = 1.0
     zero: bool = True
     recompute: bool = True
+    synchronised: bool = True
     optimizer_bytes: int = 8
     bucket_bytes: float = 25e6
 
@@ -71,19 +73,23 @@ class Node:
 
 
 class Prices:
-    """Prices of one graph on one cluster's mesh."""
+    """Prices of one graph on one cluster's mesh, whose last ``inside`` axes are within a node."""
 
     def __init__(
-        self, graph: Graph, cluster: Cluster, sizes: Sequence[int], pricing: Pricing
+        self,
+        graph: Graph,
+        cluster: Cluster,
+        sizes: Sequence[int],
+        pricing: Pricing,
+        inside: int = 0,
     ) -> None:
+        self.inside = inside
         self.graph, self.cluster, self.pricing = graph, cluster, pricing
         self.sizes = tuple(sizes)
         self.pase = pricing.model == "pase"
         if self.pase:
             itemsize = graph.layers[0].output.itemsize or 4
-            wires: ClusterWires | PaseWires = PaseWires(
-                self.sizes, _slowest(cluster), 8 / itemsize
-            )
+            wires: ClusterWires | PaseWires = PaseWires(self.sizes, _slowest(cluster), 8 / itemsize)
         else:
             wires = ClusterWires(cluster, self.sizes)
         self.moves = Moves(wires)
@@ -112,15 +118,13 @@ class Prices:
         key = tuple(layer.likeness for layer in layers)
         known = self._kinds.get(key)
         if known is None:
-            found = choices(layers, self.sizes)
+            found = choices(layers, self.sizes, self.inside)
             rows = [[self.layer(one, choice) for one in layers] for choice in found]
             tables = [
                 np.array([np.sum([one[at] for one in row], axis=0) for row in rows])
                 for at in range(3)
             ]
-            outputs = tuple(
-                tuple(self.output(one, choice) for choice in found) for one in layers
-            )
+            outputs = tuple(tuple(self.output(one, choice) for choice in found) for one in layers)
             known = Node(places, tuple(found), Costs(*tables), outputs, len(self._kinds))
             self._kinds[key] = known
         return Node(places, known.choices, known.costs, known.outputs, known.kind)
@@ -215,9 +219,7 @@ class Prices:
             return layer.bytes * share + after
         tensors: list[Operand | Weight] = [*layer.inputs, *layer.weights, layer.output]
         whole = [prod(one.shape) * one.itemsize for one in tensors]
-        here = sum(
-            size * _held(one, parts) for one, size in zip(tensors, whole, strict=True)
-        )
+        here = sum(size * _held(one, parts) for one, size in zip(tensors, whole, strict=True))
         return here + max(0.0, layer.bytes - sum(whole)) * share + after
 
     def _summed(self, layer: Layer, choice: Choice) -> tuple[float, float]:
@@ -232,6 +234,8 @@ class Prices:
         )
         sums = any(code == PARTIAL for code in partial)
         reduced = {dim: n for dim, n in layer.reduced_bytes.items() if dim in parts}
+        if layer.kind == "batch_norm" and not self.pricing.synchronised:
+            reduced = {}
         if sums and not (reduced and not layer.output.shape):
             once, each = self.moves.price(partial, done)
             forward += once + each * layer.output.bytes
@@ -246,9 +250,7 @@ class Prices:
             back += once + each * size * others
         return forward, back
 
-    def _weights(
-        self, layer: Layer, choice: Choice
-    ) -> tuple[float, float, float, float, float]:
+    def _weights(self, layer: Layer, choice: Choice) -> tuple[float, float, float, float, float]:
         """Seconds to reduce, scatter and gather the weights; numbers held whole, and sharded.
 
         A rank's gradient is of its own batch, or of its part of the dims that a weight lacks.
@@ -259,7 +261,9 @@ class Prices:
             here = weight.numel * _held(weight, parts)
             held += here
             own = codes_of(weight.dims, choice)
-            apart = [dim is not None and code < 0 for dim, code in zip(choice.dims, own, strict=True)]
+            apart = [
+                dim is not None and code < 0 for dim, code in zip(choice.dims, own, strict=True)
+            ]
             ways = prod(n for n, yes in zip(self.sizes, apart, strict=True) if yes)
             if not weight.trained or ways == 1:
                 sharded += here
@@ -323,9 +327,7 @@ class Prices:
     def _edge(self, giver: Node, member: int, taker: Node, operand: Operand) -> Floats:
         made = self.graph.layers[giver.layers[member]].output
         left = giver.outputs[member]
-        taken = [
-            given_codes(operand, made.shape, choice, self.sizes) for choice in taker.choices
-        ]
+        taken = [given_codes(operand, made.shape, choice, self.sizes) for choice in taker.choices]
         from_, rows = _unique(left)
         to, columns = _unique(taken)
         prices = np.array([[self.edge_price(a, *b) for b in to] for a in from_])

@@ -7,9 +7,10 @@ ranks is never alone: all groups of a mesh make the same change at the same time
 a pipe is the sum of theirs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -120,7 +121,13 @@ class Moves:
             return 0.0, 0.0
         key = (src, dst)
         if key not in self._known:
-            self._known[key] = self._price(src, dst)
+            direct = self._price(src, dst)
+            whole = (REPLICATE,) * len(src)
+            if dst != whole:
+                # Gathering all of it and cutting it again may be cheaper over uneven links.
+                gathered = self.price(src, whole)
+                direct = min(direct, gathered, key=lambda price: price[1])
+            self._known[key] = direct
         return self._known[key]
 
     def local(self, codes: Codes) -> float:
@@ -133,63 +140,61 @@ class Moves:
         Only the last of the axes that share a dim can change (``schedule.switch``); where one
         before it must, those behind it are gathered first and cut again afterwards.
         """
-        state = list(src)
+        # Neighbouring axes that change alike are one.
+        bounds = [0]
+        for axis in range(1, len(src)):
+            if (src[axis], dst[axis]) != (src[axis - 1], dst[axis - 1]):
+                bounds.append(axis)
+        spans = list(zip(bounds, [*bounds[1:], len(src)], strict=True))
+        state, goal = [src[start] for start in bounds], [dst[start] for start in bounds]
+        worlds = [prod(self.sizes[start:end]) for start, end in spans]
         latency = slope = 0.0
-        while tuple(state) != dst:
-            hops = [hop for hop in self._hops(state, dst) if self._may(state, dst, *hop)]
-            if hops:
-                start, end = min(hops, key=lambda hop: (_rank(state[hop[0]], dst[hop[0]]), hop))
-                after = dst[start]
+        while state != goal:
+            ready = [at for at in range(len(goal)) if _may_change(state, goal, at)]
+            if ready:
+                at = min(ready, key=lambda at: (_rank(state[at], goal[at]), at))
+                after = goal[at]
             else:
-                start, end = self._in_the_way(state, dst)
-                after = REPLICATE
-            once, each = self._row(state, start, end, after)
-            latency, slope = latency + once, slope + each
-            state[start:end] = [after] * (end - start)
+                at, after = _in_the_way(state, goal), REPLICATE
+            kind = _ROWS.get((min(state[at], 0), min(after, 0)))
+            if kind is not None:
+                held = prod(n for n, code in zip(worlds, state, strict=True) if code >= 0)
+                if state[at] >= 0:
+                    held //= worlds[at]
+                once, each = self.wires.row(kind, *spans[at])
+                latency, slope = latency + once, slope + each / held
+            state[at] = after
         return latency, slope
 
-    @staticmethod
-    def _hops(state: Sequence[int], dst: Codes) -> Iterator[tuple[int, int]]:
-        start = 0
-        while start < len(dst):
-            end = start + 1
-            if state[start] != dst[start]:
-                while (
-                    end < len(dst) and state[end] == state[start] and dst[end] == dst[start]
-                ):
-                    end += 1
-                yield start, end
-            start = end
 
-    @staticmethod
-    def _may(state: Sequence[int], dst: Codes, start: int, end: int) -> bool:
-        dims = {state[start], dst[start]} - {REPLICATE, PARTIAL}
-        if dims & set(state[end:]):
-            return False
-        # Axes before these that are still to shard the same dim, or to leave it, come first.
-        before = ((a, b) for a, b in zip(state[:start], dst, strict=False) if a != b)
-        return dst[start] < 0 or not any(dst[start] in pair for pair in before)
+# The row for a change from and to a shard (0), all of it or partial sums; the others are free.
+_ROWS: Mapping[tuple[int, int], Row] = MappingProxyType(
+    {
+        (0, REPLICATE): "gather",
+        (PARTIAL, 0): "scatter",
+        (PARTIAL, REPLICATE): "reduce",
+        (0, 0): "switch",
+    }
+)
 
-    @staticmethod
-    def _in_the_way(state: Sequence[int], dst: Codes) -> tuple[int, int]:
-        """The innermost axes that keep one before them from changing."""
-        wanted = {code for a, b in zip(state, dst, strict=True) if a != b for code in (a, b)}
-        end = max(axis for axis, code in enumerate(state) if code >= 0 and code in wanted) + 1
-        start = end - 1
-        while start and state[start - 1] == state[end - 1]:
-            start -= 1
-        return start, end
 
-    def _row(self, state: Sequence[int], start: int, end: int, after: int) -> Price:
-        before = state[start]
-        if before == REPLICATE or after == PARTIAL:
-            return 0.0, 0.0
-        kind: Row = "gather" if after == REPLICATE else "switch"
-        if before == PARTIAL:
-            kind = "reduce" if after == REPLICATE else "scatter"
-        once, each = self.wires.row(kind, start, end)
-        others = [*state[:start], *[REPLICATE] * (end - start), *state[end:]]
-        return once, each * self.local(tuple(others))
+def _may_change(state: Sequence[int], goal: Sequence[int], at: int) -> bool:
+    before, after = state[at], goal[at]
+    if before == after:
+        return False
+    inner = state[at + 1 :]
+    if (before >= 0 and before in inner) or (after >= 0 and after in inner):
+        return False
+    # Axes before these that are still to shard the same dim, or to leave it, come first.
+    return after < 0 or not any(
+        a != b and after in (a, b) for a, b in zip(state[:at], goal, strict=False)
+    )
+
+
+def _in_the_way(state: Sequence[int], goal: Sequence[int]) -> int:
+    """The innermost axes that keep one before them from changing."""
+    wanted = {code for a, b in zip(state, goal, strict=True) if a != b for code in (a, b)}
+    return max(at for at, code in enumerate(state) if code >= 0 and code in wanted)
 
 
 def _rank(before: int, after: int) -> int:
