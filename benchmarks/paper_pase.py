@@ -16,8 +16,8 @@ from benchmarks.models.inputs import build
 from benchmarks.record import conclude
 from longspan.cluster.spec import read_cluster
 from longspan.planner.capture import capture
-from longspan.planner.layers import Planner
 from longspan.planner.price import Pricing
+from longspan.planner.search import Planner
 
 DEVICES = (4, 8, 16, 32, 64)
 PAPER = {

@@ -23,8 +23,9 @@ from longspan.planner.capture import capture
 from longspan.planner.choices import mesh_of
 from longspan.planner.crossing import crossing_bits_per_s
 from longspan.planner.graph import Graph
-from longspan.planner.layers import Planner, plan_layers
+from longspan.planner.layers import plan_layers
 from longspan.planner.price import OPTIONS, Pricing
+from longspan.planner.search import Planner
 from longspan.planner.wires import PARTIAL, REPLICATE, ClusterWires, Moves
 from longspan.report.layers import draw_layers
 from longspan.schedule.splits import SPLITS

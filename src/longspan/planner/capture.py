@@ -4,10 +4,9 @@ Nothing is computed: the model and its inputs are on the meta device. An operati
 is taken as one that can't be split, and said so.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import gcd, prod
 from typing import Any
 
@@ -15,75 +14,31 @@ import torch
 from torch import fx, nn
 
 from longspan.errors import ModelError
-from longspan.planner import kinds
-from longspan.planner.follow import Through, merged, narrowed, permuted, reshaped, then
+from longspan.planner.build import Given, made
+from longspan.planner.follow import merged
 from longspan.planner.graph import Graph, Layer, Operand, Weight
-from longspan.planner.kinds import Given
+from longspan.planner.groups import groups_of, outer_module
+from longspan.planner.kinds import BUILDERS, join
+from longspan.planner.others import group as as_one
+from longspan.planner.others import other
+from longspan.planner.views import (
+    COPIES,
+    ELEMENTWISE,
+    FREE,
+    KEEPS_NONE,
+    KEEPS_OUT,
+    Value,
+    base,
+    bytes_of,
+    looked_at,
+    of_node,
+    of_tensor,
+    users_of,
+)  # fmt: skip
 
 __all__ = ["capture"]
 
-_GROUPS = re.compile(r"Norm|Experts")  # modules that are one layer, whatever they are made of
 _SKIPPED = ("_assert", "sym_", "alias_set")
-_PICKS = {
-    "slice",
-    "narrow",
-    "select",
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "unbind",
-    "tensor_split",
-}
-_MOVES = {"transpose", "permute", "t", "numpy_T", "swapaxes", "movedim", "expand", "expand_as"}
-_COPIES = {"contiguous", "clone", "_to_copy", "repeat", "cat", "stack", "pad", "constant_pad_nd"}
-_VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"}
-_FREE = _PICKS | _MOVES | _VIEWS | {"to", "detach", "alias", "view_as", "lift_fresh_copy"}
-# Number by number: what comes out has the shape of what goes in (broadcast together).
-_KEEPS_NONE = {"add", "sub", "rsub", "neg", "dropout", "clone", "contiguous", "_to_copy", "cat"}
-_KEEPS_OUT = {
-    "relu",
-    "sigmoid",
-    "tanh",
-    "exp",
-    "sqrt",
-    "rsqrt",
-    "softmax",
-    "leaky_relu",
-    "hardtanh",
-}
-_ELEMENTWISE = _KEEPS_NONE | _KEEPS_OUT | {
-    "mul", "div", "pow", "gelu", "silu", "mish", "elu", "selu", "softplus", "log", "log1p", "abs",
-    "sin", "cos", "clamp", "clamp_min", "clamp_max", "where", "masked_fill", "maximum", "minimum",
-    "hardswish", "hardsigmoid", "square", "reciprocal", "erf", "bernoulli", "type_as", "addcmul",
-    "logsigmoid", "relu6", "celu", "glu", "zeros_like", "ones_like", "full_like", "sign", "tril",
-    "triu", "lerp", "feature_dropout", "alpha_dropout", "float_power", "logical_not", "floor",
-    "softcap", "nan_to_num", "round", "copy", "eq", "ne", "lt", "le", "gt", "ge", "expm1",
-}  # fmt: skip
-
-
-_Way = tuple[Through, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """What a node of torch's graph is: a layer's output looked at in some way, or a parameter.
-
-    ``source`` None: neither, so it costs nothing wherever it is. ``root``: the node whose numbers
-    these are, the same for all its views.
-    """
-
-    shape: tuple[int, ...]
-    itemsize: int
-    source: int | None = None
-    through: Through = ()
-    grain: tuple[int, ...] = ()
-    path: str | None = None
-    root: fx.Node | None = None
-
-    def operand(self, dims: Sequence[str | None]) -> Operand:
-        return Operand(
-            self.shape, tuple(dims), self.itemsize, self.source, self.through, self.grain
-        )
 
 
 def capture(module: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Graph:
@@ -114,7 +69,7 @@ class _Capture:
         self.module, self.nodes = module, list(program.graph.nodes)
         self.layers: list[Layer] = []
         self.notes: dict[str, int] = {}
-        self.values: dict[fx.Node, _Value | list[_Value]] = {}
+        self.values: dict[fx.Node, Value | list[Value]] = {}
         self.roots: dict[fx.Node, tuple[int, int]] = {}  # node → its layer, its bytes
         self.kept: set[fx.Node] = set()
         self.names: dict[str, int] = {}
@@ -127,13 +82,13 @@ class _Capture:
     def graph(self) -> Graph:
         """All layers."""
         self._find_shared()
-        groups = self._groups()
+        groups = groups_of(self.nodes)
         skip: set[fx.Node] = set()
         for node in self.nodes:
             if node.op == "placeholder":
                 self._placeholder(node)
             elif node.op == "get_attr":
-                self.values[node] = _Value((), 0)
+                self.values[node] = Value((), 0)
             elif node.op == "call_function" and node not in skip:
                 group = groups.get(node)
                 if group:
@@ -153,16 +108,12 @@ class _Capture:
     # Values
 
     def _placeholder(self, node: fx.Node) -> None:
-        value = _of(node)
+        value = of_node(node)
         path = self.paths.get(node.name)
         if path is not None:
             through = tuple(range(len(value.shape)))
             value = replace(
-                value,
-                path=path,
-                through=through,
-                grain=value.shape,
-                source=self.shared.get(path),
+                value, path=path, through=through, grain=value.shape, source=self.shared.get(path)
             )
             if value.source is not None:
                 value = replace(value, path=None, root=None)
@@ -172,27 +123,27 @@ class _Capture:
         """Parameters of two dims or more that several layers use are layers of their own."""
         for node in self.nodes:
             path = self.paths.get(node.name) if node.op == "placeholder" else None
-            if path is None or len(_of(node).shape) < 2 or len(_users(node)) < 2:
+            if path is None or len(of_node(node).shape) < 2 or len(users_of(node)) < 2:
                 continue
-            value = _of(node)
+            value = of_node(node)
             dims = ("out", "in", *(None for _ in value.shape[2:]))
             weight = Weight(path, value.shape, dims, value.itemsize, self.trained.get(path, True))
             output = Operand(value.shape, dims, value.itemsize)
             sizes = {"out": value.shape[0], "in": value.shape[1]}
-            made = kinds.made("shared", "copy", sizes, (), output, weights=(weight,))
-            self.shared[path] = self._add(made, node, path)
+            layer = made("shared", "copy", sizes, (), output, weights=(weight,))
+            self.shared[path] = self._add(layer, node, path)
 
-    def _value(self, node: fx.Node) -> _Value:
+    def _value(self, node: fx.Node) -> Value:
         value = self.values.get(node)
         if isinstance(value, list):
             return value[0]
-        return value if value is not None else _of(node)
+        return value if value is not None else of_node(node)
 
-    def _inputs(self, node: fx.Node) -> list[_Value]:
+    def _inputs(self, node: fx.Node) -> list[Value]:
         return [self._value(one) for one in node.all_input_nodes]
 
     @staticmethod
-    def _weighty(values: Iterable[_Value]) -> list[_Value]:
+    def _weighty(values: Iterable[Value]) -> list[Value]:
         return [value for value in values if value.source is not None]
 
     # Layers
@@ -221,7 +172,7 @@ class _Capture:
             return owner
         # A layer that isn't a module's own is named after what it does.
         if function:
-            return f"{path}.{_base(node)}" if path else _base(node)
+            return f"{path}.{base(node)}" if path else base(node)
         return path
 
     def _emit(self, node: fx.Node, layer: Layer, function: bool) -> None:
@@ -234,35 +185,35 @@ class _Capture:
         first = outputs[0] if many else outputs
         shape, itemsize = tuple(first.shape), first.element_size()
         self.roots[node] = (index, prod(shape) * itemsize)
-        straight = _Value(shape, itemsize, index, tuple(range(len(shape))), shape, root=node)
+        straight = Value(shape, itemsize, index, tuple(range(len(shape))), shape, root=node)
         if not many:
             self.values[node] = straight
             return
         # Beside the first output only what is as long can be followed, by its first dim.
         more = []
-        for other in outputs[1:]:
-            if not isinstance(other, torch.Tensor):
-                more.append(_Value((), 0))
+        for one in outputs[1:]:
+            if not isinstance(one, torch.Tensor):
+                more.append(Value((), 0))
                 continue
             at = tuple(
                 0 if d == 0 and shape and size == shape[0] else None
-                for d, size in enumerate(other.shape)
+                for d, size in enumerate(one.shape)
             )
-            source = index if other.dtype.is_floating_point else None
-            size = tuple(other.shape)
-            more.append(_Value(size, other.element_size(), source, at, size, root=node))
+            source = index if one.dtype.is_floating_point else None
+            size = tuple(one.shape)
+            more.append(Value(size, one.element_size(), source, at, size, root=node))
         self.values[node] = [straight, *more]
 
     def _note(self, what: str) -> None:
         self.notes[what] = self.notes.get(what, 0) + 1
 
-    def _keep(self, values: Iterable[_Value]) -> None:
+    def _keep(self, values: Iterable[Value]) -> None:
         self.kept.update(v.root for v in values if v.root in self.roots)  # type: ignore[misc]
 
     # Functions
 
     def _function(self, node: fx.Node) -> None:
-        name = _base(node)
+        name = base(node)
         if name.startswith(_SKIPPED) or node.meta.get("val") is None:
             return
         if name == "getitem":
@@ -273,7 +224,7 @@ class _Capture:
         inputs = self._inputs(node)
         weights = [value for value in inputs if value.path is not None]
         given = self._weighty(inputs)
-        builder: Callable[[fx.Node, Given], Layer | None] | None = kinds.BUILDERS.get(name)
+        builder: Callable[[fx.Node, Given], Layer | None] | None = BUILDERS.get(name)
         if builder and (given or weights):
             layer = builder(node, self._given(node))
             if layer:
@@ -289,11 +240,11 @@ class _Capture:
         elif not self._follow(node, name, given, weights):
             self._unknown(node, name, given)
 
-    def _none(self, node: fx.Node) -> _Value | list[_Value]:
+    def _none(self, node: fx.Node) -> Value | list[Value]:
         value = node.meta["val"]
         if isinstance(value, (list, tuple)):
-            return [_plain(one) for one in value]
-        return _plain(value)
+            return [of_tensor(one) for one in value]
+        return of_tensor(value)
 
     def _given(self, node: fx.Node) -> Given:
         def value_of(argument: object) -> Any:
@@ -315,7 +266,7 @@ class _Capture:
 
         return Given(operand, weight)
 
-    def _weight(self, value: _Value, dims: Sequence[str | None]) -> Weight:
+    def _weight(self, value: Value, dims: Sequence[str | None]) -> Weight:
         """A parameter, seen through what was done to it: dims in its own order."""
         assert value.path is not None
         whole = tuple(self.module.get_parameter(value.path).shape)
@@ -330,33 +281,33 @@ class _Capture:
             value.path, shape, tuple(own), value.itemsize, self.trained.get(value.path, True)
         )
 
-    def _parameter(self, node: fx.Node, name: str, weights: list[_Value]) -> None:
+    def _parameter(self, node: fx.Node, name: str, weights: list[Value]) -> None:
         """What is made of parameters only is a parameter still, if it is one's view."""
         value = weights[0]
-        way = self._through(node, name, value)
-        shape = _of(node).shape
+        way = looked_at(node, name, value)
+        shape = of_node(node).shape
         if len(weights) > 1 or way is None:
             way = (None,) * len(shape), shape
         through, grain = way
-        made = replace(_of(node), path=value.path, through=through, grain=grain)
+        made = replace(of_node(node), path=value.path, through=through, grain=grain)
         result = node.meta["val"]
         if isinstance(result, (list, tuple)):
             self.values[node] = [
-                replace(_of_tensor(one), path=value.path, through=through, grain=grain)
+                replace(of_tensor(one), path=value.path, through=through, grain=grain)
                 for one in result
             ]
         else:
             self.values[node] = made
 
-    def _follow(self, node: fx.Node, name: str, given: list[_Value], weights: list[_Value]) -> bool:
+    def _follow(self, node: fx.Node, name: str, given: list[Value], weights: list[Value]) -> bool:
         """Adds what only looks at a layer's output, or changes its numbers, to that layer."""
-        elementwise = name in _ELEMENTWISE or name in _COPIES
+        elementwise = name in ELEMENTWISE or name in COPIES
         if elementwise and len({value.source for value in given}) > 1:
-            self._emit(node, kinds.join(node, self._given(node)), function=True)
-            if name.rstrip("_") not in _KEEPS_NONE:
+            self._emit(node, join(node, self._given(node)), function=True)
+            if name.rstrip("_") not in KEEPS_NONE:
                 self._keep(given)
             return True
-        ways = [self._through(node, name, value) for value in given]
+        ways = [looked_at(node, name, value) for value in given]
         if None in ways or (not elementwise and len({value.source for value in given}) > 1):
             return False
         found = [way for way in ways if way is not None]
@@ -366,13 +317,13 @@ class _Capture:
         assert first.source is not None
         layer = self.layers[first.source]
         result = node.meta["val"]
-        free = name in _FREE
+        free = name in FREE
         if not free:
-            touched = sum(prod(v.shape) * v.itemsize for v in given) + _bytes(result)
+            touched = sum(prod(v.shape) * v.itemsize for v in given) + bytes_of(result)
             layer.followed_bytes += touched
-            self.roots[node] = (first.source, _bytes(result))
-            if name not in _KEEPS_NONE:
-                if name in _KEEPS_OUT:
+            self.roots[node] = (first.source, bytes_of(result))
+            if name not in KEEPS_NONE:
+                if name in KEEPS_OUT:
                     self.kept.add(node)
                 else:
                     self._keep(given)
@@ -386,9 +337,9 @@ class _Capture:
             layer.weights = (*layer.weights, self._weight(value, dims))
         root = first.root if free else node
 
-        def made(tensor: torch.Tensor) -> _Value:
+        def made(tensor: torch.Tensor) -> Value:
             shape = tuple(tensor.shape)
-            return _Value(shape, tensor.element_size(), first.source, through, grain, root=root)
+            return Value(shape, tensor.element_size(), first.source, through, grain, root=root)
 
         if isinstance(result, (list, tuple)):
             self.values[node] = [made(one) for one in result]
@@ -396,59 +347,15 @@ class _Capture:
             self.values[node] = made(result)
         return True
 
-    def _through(self, node: fx.Node, name: str, value: _Value) -> _Way | None:
-        """The giver's dims that the output's are, or None if it is more than another look."""
-        result = node.meta["val"]
-        one = result[0] if isinstance(result, (list, tuple)) else result
-        after = tuple(one.shape)
-        before, args = value.shape, node.args
-        step: Through
-        if name in _PICKS:
-            dim = _dim(node, name, len(before))
-            kept = [d for d in range(len(before)) if d != dim or name not in ("select", "unbind")]
-            step = tuple(d if d != dim or before[d] == after[kept.index(d)] else None for d in kept)
-        elif name in ("transpose", "swapaxes"):
-            order = list(range(len(before)))
-            a, b = int(args[1]), int(args[2])  # type: ignore[arg-type]
-            order[a], order[b] = order[b], order[a]
-            step = tuple(order)
-        elif name in ("t", "numpy_T"):
-            step = tuple(reversed(range(len(before))))
-        elif name == "permute":
-            step = permuted(args[1])  # type: ignore[arg-type]
-        elif name in ("cat", "stack"):
-            dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-            if name == "stack":
-                dim %= len(after)
-                step = (*range(dim), None, *range(dim, len(before)))
-            else:
-                dim %= len(after)
-                step = tuple(None if d == dim else d for d in range(len(after)))
-        elif name in _VIEWS:
-            step = reshaped(before, after)
-        elif name in ("expand", "expand_as", "repeat") or name in _ELEMENTWISE or name in (
-            "to", "detach", "alias", "view_as", "type_as", "lift_fresh_copy", "pad",
-            "constant_pad_nd", "clone", "contiguous", "_to_copy",
-        ):  # fmt: skip
-            extra = len(after) - len(before)
-            step = (None,) * extra + tuple(
-                d if size == after[d + extra] else None for d, size in enumerate(before)
-            )
-            if name in ("tril", "triu"):
-                step = (*step[:-2], None, None)
-        else:
-            return None
-        return then(value.through, step), narrowed(value.grain, step, after)
-
-    def _unknown(self, node: fx.Node, name: str, given: list[_Value]) -> None:
-        layer = kinds.other(node, [value.operand(self._batch(node, value)) for value in given])
+    def _unknown(self, node: fx.Node, name: str, given: list[Value]) -> None:
+        layer = other(node, [value.operand(self._batch(node, value)) for value in given])
         if not layer.splits:
             self._note(f"{name} isn't known: every device does all of it")
         self._emit(node, layer, function=True)
         self._keep(given)
 
     @staticmethod
-    def _batch(node: fx.Node, value: _Value) -> list[str | None]:
+    def _batch(node: fx.Node, value: Value) -> list[str | None]:
         result = node.meta["val"]
         one = result[0] if isinstance(result, (list, tuple)) else result
         # Several rows of an item lie side by side, so its shards are theirs.
@@ -457,38 +364,16 @@ class _Capture:
 
     # Groups
 
-    def _groups(self) -> dict[fx.Node, list[fx.Node]]:
-        """Runs of nodes inside one module that is a layer by its name, by their first node."""
-        found: dict[fx.Node, list[fx.Node]] = {}
-        current: list[fx.Node] = []
-        inside = ""
-        for node in self.nodes:
-            if node.op != "call_function":
-                continue
-            path = ""
-            for place, kind in (node.meta.get("nn_module_stack") or {}).values():
-                name = kind if isinstance(kind, str) else kind.__name__
-                if _GROUPS.search(name.rsplit(".", 1)[-1]):
-                    path = place
-                    break
-            if path and path == inside:
-                current.append(node)
-            elif path:
-                current = [node]
-                found[node] = current
-            inside = path
-        return {first: group for first, group in found.items() if len(group) > 1}
-
     def _grouped(self, group: list[fx.Node]) -> bool:
         """One layer for all of it, if it leaves one tensor."""
         # What only looks at the input is its giver's, and may be used elsewhere.
-        while group and (_base(group[0]) in _FREE or group[0].meta.get("val") is None):
+        while group and (base(group[0]) in FREE or group[0].meta.get("val") is None):
             self._function(group.pop(0))
         members = set(group)
         leaves = [n for n in group if any(user not in members for user in n.users)]
         if len(leaves) != 1 or not isinstance(leaves[0].meta.get("val"), torch.Tensor):
             return False
-        if any(_base(n) in ("batch_norm", "layer_norm", "linear") for n in group):
+        if any(base(n) in ("batch_norm", "layer_norm", "linear") for n in group):
             return False
         outside = dict.fromkeys(
             one for n in group for one in n.all_input_nodes if one not in members
@@ -499,76 +384,14 @@ class _Capture:
             return False
         weights = [self._weight(v, [None] * len(v.shape)) for v in inputs if v.path is not None]
         leaf, first = leaves[0], given[0]
-        norm = "Norm" in self._class(group[0])
-        layer = kinds.group(leaf, group, given=[v.operand(self._batch(leaf, v)) for v in given],
+        norm = "Norm" in outer_module(group[0])[1]
+        layer = as_one(leaf, group, given=[v.operand(self._batch(leaf, v)) for v in given],
                             weights=tuple(weights), norm=norm)  # fmt: skip
         self._emit(leaf, layer, function=False)
-        layer.name = layer.module = self._group_path(group[0])
-        inner = [n for n in group if n is not leaf and _base(n) not in _FREE]
+        layer.name = layer.module = outer_module(group[0])[0]
+        inner = [n for n in group if n is not leaf and base(n) not in FREE]
         layer.kept_bytes += sum(
-            _bytes(n.meta.get("val")) for n in inner if _base(n) not in _KEEPS_NONE
+            bytes_of(n.meta.get("val")) for n in inner if base(n) not in KEEPS_NONE
         ) * (not norm)
         self._keep([first])
         return True
-
-    def _class(self, node: fx.Node) -> str:
-        return self._outer(node)[1]
-
-    def _group_path(self, node: fx.Node) -> str:
-        return self._outer(node)[0]
-
-    @staticmethod
-    def _outer(node: fx.Node) -> tuple[str, str]:
-        for place, kind in (node.meta.get("nn_module_stack") or {}).values():
-            name = kind if isinstance(kind, str) else kind.__name__
-            if _GROUPS.search(name.rsplit(".", 1)[-1]):
-                return place, name.rsplit(".", 1)[-1]
-        return "", ""
-
-
-def _base(node: fx.Node) -> str:
-    """The operation's name, without overload; in place or not is the same."""
-    target = node.target
-    name = getattr(target, "_opname", None) or getattr(target, "__name__", str(target))
-    return str(name).rstrip("_") if not str(name).startswith("__") else str(name)
-
-
-def _of_tensor(tensor: Any) -> _Value:
-    if not isinstance(tensor, torch.Tensor):
-        return _Value((), 0)
-    return _Value(tuple(int(size) for size in tensor.shape), tensor.element_size())
-
-
-def _plain(value: Any) -> _Value:
-    return _of_tensor(value)
-
-
-def _of(node: fx.Node) -> _Value:
-    value = node.meta.get("val")
-    if isinstance(value, (list, tuple)):
-        value = value[0] if value else None
-    return _of_tensor(value)
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, (list, tuple)):
-        return sum(map(_bytes, value))
-    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
-
-
-def _dim(node: fx.Node, name: str, dims: int) -> int:
-    """The dim that a pick picks from."""
-    place = {"split": 2, "split_with_sizes": 2, "chunk": 2, "tensor_split": 2}.get(name, 1)
-    dim = node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0)
-    return int(dim) % dims  # type: ignore[arg-type]
-
-
-def _users(node: fx.Node) -> list[fx.Node]:
-    """The operations that use a parameter, through its views."""
-    found = []
-    for user in node.users:
-        if user.op == "call_function" and _base(user) in _FREE | {"getitem"}:
-            found += _users(user)[:1] if _base(user) in _PICKS | {"getitem"} else _users(user)
-        elif user.op == "call_function":
-            found.append(user)
-    return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 from math import prod
 
 from longspan.planner.graph import Layer, Operand
@@ -64,8 +64,8 @@ def given_codes(
 ) -> tuple[Codes, Codes]:
     """How a layer takes a tensor, in the dims of its giver's, and how it leaves the gradient.
 
-    ``giver``: the shape that the tensor had when its giver left it. A dim that can't be followed to the giver is taken whole and cut; its gradient comes in pieces
-    that are summed.
+    ``giver``: the shape that the tensor had when its giver left it. A dim that can't be followed
+    to there is taken whole and cut; its gradient comes in pieces that are summed.
     """
     parts = choice.parts(sizes)
     taken, left = [], []
@@ -91,9 +91,9 @@ def choices(layers: Sequence[Layer], sizes: Sequence[int], inside: int = 0) -> l
 
     Each dim has neighbouring axes: batch and sequence the outermost, then the other dims in any
     order, and before or behind all of them axes whose ranks do the same. A dim is split evenly,
-    but for the batch. On more than 16 devices those that do the same are all that are within a
-    node (the last ``inside`` axes, or half of the axes), or one of every node. Partial sums go to all ranks, or are scattered over the batch, or over the
-    sequence where the batch has too few for it.
+    but for the batch. On more than four axes those whose ranks do the same are all that are within
+    a node (the last ``inside``, or half of the axes), or all others. Partial sums go to all ranks,
+    or are scattered over the batch, or over the sequence where the batch has too few for it.
     """
     layer = layers[0]
     splits = [dim for dim in layer.splits if all(dim in one.splits for one in layers)]
@@ -141,7 +141,7 @@ def _assignments(splits: Sequence[str], axes: int, inside: int) -> Iterator[tupl
             continue
         for cuts in combinations(range(1, axes), len(order) - 1):
             bounds = (0, *cuts, axes)
-            lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+            lengths = [end - start for start, end in pairwise(bounds)]
             idle = sum(n for dim, n in zip(order, lengths, strict=True) if dim is None)
             level = inside if order[-1] is None else axes - inside
             if axes > _FEW and idle not in (0, level, axes):

@@ -3,8 +3,8 @@
 from longspan.cluster.fabric import Link
 from longspan.cluster.spec import Cluster, Node, Site
 from longspan.planner.graph import Graph
-from longspan.planner.layers import Planner
 from longspan.planner.price import Pricing
+from longspan.planner.search import Planner
 
 __all__ = ["crossing_bits_per_s"]
 

@@ -39,8 +39,8 @@ class Pricing:
     multiply-adds counted as one, embeddings as dense products). ``overlap``: the share of backward
     that gradient reductions can hide behind. ``zero`` and ``recompute``: whether these are
     options. ``synchronised``: batch norms take the statistics of the whole batch, as one process
-    does; else each rank its own. ``optimizer_bytes`` of state are kept for a parameter. ``bucket_bytes``: gradients
-    are reduced so many at a time, which share a latency.
+    does; else each rank its own. ``optimizer_bytes`` of state are kept for a parameter.
+    ``bucket_bytes``: gradients are reduced so many at a time, which share a latency.
     """
 
     model: Literal["longspan", "pase"] = "longspan"

@@ -38,7 +38,7 @@ def write_layers(plan: LayerPlan, out: Path) -> Path:
 
 
 def draw_layers(plan: LayerPlan) -> str:
-    """The picture as SVG; layers from top to bottom, a layer that isn't next is joined by an arc."""
+    """The picture as SVG: layers from top to bottom, joined by arcs where data skips some."""
     place = {layer.name: row for row, layer in enumerate(plan.layers)}
     parts = [
         svg.text(20, 32, plan.model, "title"),
