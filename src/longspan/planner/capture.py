@@ -180,7 +180,7 @@ class _Capture:
         if function:
             found = self._module(node)
             layer.module = found[0] if found else ""
-        outputs = node.meta.get("val")
+        outputs: Any = node.meta["val"]
         many = isinstance(outputs, (list, tuple))
         first = outputs[0] if many else outputs
         shape, itemsize = tuple(first.shape), first.element_size()
@@ -208,7 +208,7 @@ class _Capture:
         self.notes[what] = self.notes.get(what, 0) + 1
 
     def _keep(self, values: Iterable[Value]) -> None:
-        self.kept.update(v.root for v in values if v.root in self.roots)  # type: ignore[misc]
+        self.kept.update(v.root for v in values if v.root is not None and v.root in self.roots)
 
     # Functions
 
@@ -247,7 +247,7 @@ class _Capture:
         return of_tensor(value)
 
     def _given(self, node: fx.Node) -> Given:
-        def value_of(argument: object) -> Any:
+        def value_of(argument: object) -> Value | None:
             if not isinstance(argument, fx.Node):
                 return None
             return self._value(argument)

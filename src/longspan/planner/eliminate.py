@@ -115,16 +115,17 @@ class Elimination:
     def _backward(self, buckets: list[list[_Table]]) -> list[int]:
         states = [0] * len(buckets)
         for (v, _), bucket in zip(reversed(self._order), reversed(buckets), strict=True):
-            column = sum(
-                table[(slice(None), *(states[d] for d in scope[1:]))] for scope, table in bucket
-            )
+            column = np.zeros(len(bucket[0][1]))
+            for scope, table in bucket:
+                at: tuple[slice | int, ...] = (slice(None), *(states[d] for d in scope[1:]))
+                column = column + table[at]
             states[v] = int(np.argmin(column))
         return states
 
     def _outward(self, buckets: list[list[_Table]]) -> list[Floats]:
         """Marginals: from the last step to the first, each is told what lies outside of it."""
         place = {v: index for index, (v, _) in enumerate(self._order)}
-        totals = [np.inf] * len(buckets)  # of the part that a variable belongs to
+        totals: list[float] = [np.inf] * len(buckets)  # of the part that a variable belongs to
         found: list[Floats] = [np.empty(0)] * len(buckets)
         outside: dict[int, _Table] = {}
         children: list[list[int]] = [[] for _ in buckets]
@@ -138,7 +139,7 @@ class Elimination:
             wanted = [(v,)] + [self._order[child][1] for child in children[index]]
             least = _projected(_aligned(known, scope), scope, wanted)
             found[v] = least[0]
-            totals[index] = least[0].min()
+            totals[index] = float(least[0].min())
             messages = [t for s, t in buckets[index][-len(children[index]) :] if children[index]]
             for child, whole, message in zip(children[index], least[1:], messages, strict=True):
                 with np.errstate(invalid="ignore"):
@@ -150,9 +151,9 @@ class Elimination:
             for child in children[index]:
                 root[child] = root[index]
         least_of = {r: totals[r] for r in set(root)}
-        whole = sum(least_of.values())
+        total = sum(least_of.values())
         return [
-            found[v] + (whole - least_of[root[place[v]]]) if np.isfinite(whole) else found[v]
+            found[v] + (total - least_of[root[place[v]]]) if np.isfinite(total) else found[v]
             for v in range(len(found))
         ]
 

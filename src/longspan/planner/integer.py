@@ -124,9 +124,9 @@ class _Program:
         while changed:
             changed = False
             for (u, v), table in pairs.items():
-                fine = np.isfinite(table)
+                fine: _Bools = np.asarray(np.isfinite(table))
                 for at, other, walls in ((u, v, fine), (v, u, fine.T)):
-                    alive = walls[:, ok[other].any(axis=1)].any(axis=1)
+                    alive: _Bools = np.asarray(walls[:, ok[other].any(axis=1)].any(axis=1))
                     lost = ok[at] & ~alive[:, None]
                     if lost.any():
                         ok[at] = ok[at] & alive[:, None]

@@ -22,7 +22,15 @@ from longspan.cluster.spec import Cluster
 from longspan.planner.choices import Choice, choices, codes_of, given_codes
 from longspan.planner.eliminate import Floats
 from longspan.planner.graph import Graph, Layer, Operand, Weight
-from longspan.planner.wires import PARTIAL, REPLICATE, ClusterWires, Codes, Moves, PaseWires
+from longspan.planner.wires import (
+    PARTIAL,
+    REPLICATE,
+    ClusterWires,
+    Codes,
+    Moves,
+    PaseWires,
+    Wires,
+)
 from longspan.schedule.ops import Compute
 
 __all__ = ["OPTIONS", "Costs", "Node", "Prices", "Pricing"]
@@ -89,7 +97,7 @@ class Prices:
         self.pase = pricing.model == "pase"
         if self.pase:
             itemsize = graph.layers[0].output.itemsize or 4
-            wires: ClusterWires | PaseWires = PaseWires(self.sizes, _slowest(cluster), 8 / itemsize)
+            wires: Wires = PaseWires(self.sizes, _slowest(cluster), 8 / itemsize)
         else:
             wires = ClusterWires(cluster, self.sizes)
         self.moves = Moves(wires)
@@ -193,7 +201,7 @@ class Prices:
         flops, moved = layer.flops * share, self._moved(layer, parts, share)
         needs = any(one.source is not None for one in layer.inputs)
         trains = any(weight.trained for weight in layer.weights)
-        times = needs + trains if layer.weights else 2 * needs
+        times = float(needs + trains if layer.weights else 2 * needs)
         if layer.kind == "attention":
             times *= 1.25
         if self.pase:

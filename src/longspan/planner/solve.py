@@ -111,7 +111,8 @@ def _pairs(
 
 
 def _flat(table: Floats, choice: int) -> int:
-    return choice * table.shape[1] + int(np.argmin(table[choice]))
+    options = int(table.shape[1])
+    return choice * options + int(np.argmin(table[choice]))
 
 
 class _Graph:

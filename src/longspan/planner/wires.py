@@ -32,7 +32,10 @@ Row = Literal["gather", "scatter", "reduce", "switch"]
 class Wires(Protocol):
     """The price of a row of the table among the ranks of neighbouring axes [start, end)."""
 
-    sizes: tuple[int, ...]
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the mesh's axes."""
+        ...
 
     def row(self, kind: Row, start: int, end: int) -> Price:
         """Seconds, and seconds a byte of what the ranks would hold without these axes."""
