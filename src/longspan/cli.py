@@ -11,9 +11,10 @@ from longspan.commands.checkpoints import export, verify
 from longspan.commands.doctor import doctor
 from longspan.commands.emit import emit
 from longspan.commands.plan_batches import plan_batches
+from longspan.commands.plan_layers import plan_layers
+from longspan.commands.plan_stages import plan_stages
 from longspan.commands.poc import poc
 from longspan.commands.report import report
-from longspan.commands.plan_stages import plan_stages
 from longspan.commands.simulate import app as simulate
 from longspan.commands.watch import watch
 from longspan.errors import LongspanError
@@ -40,6 +41,7 @@ app.command()(poc)
 app.command()(verify)
 app.command()(export)
 app.command()(plan_stages)
+app.command(name="plan-layers")(plan_layers)
 
 
 @app.command()

@@ -15,6 +15,8 @@ from longspan.errors import ConfigError
 __all__ = [
     "BatchPlan",
     "Group",
+    "LayerChoice",
+    "LayerPlan",
     "MicroBatch",
     "StagePlan",
     "StageRival",
@@ -121,6 +123,61 @@ class StagePlan:
     seconds: float
     sent_bytes: int
     rivals: tuple[StageRival, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """How one layer is split over a mesh, and how its tensors lie there.
+
+    ``splits``: the mesh axes that split each dim of its iteration space, outermost first; what is
+    replicated isn't named. A tensor's placements are by mesh axis, "S(dim)" or "P" (a partial
+    sum); an axis that isn't named is replicated (``layout.layout_of`` makes a Layout of them).
+    ``module`` is the path of the module it is in, ``node`` its place in torch.export's graph.
+    ``inputs``: one for each tensor that other layers give it, as it takes them, by the giver's
+    ``name`` (in the giver's own dims where views lie between); ``weights`` by parameter path, as
+    the layer computes with them. ``output``: as it is left, its partial sums reduced.
+    ``zero``: parameters, gradients and optimizer state are kept sharded over the axes that
+    their gradients are summed over, and gathered for use. ``recompute``: the output is not kept
+    for backward but computed again. ``seconds`` are its own, forward and backward; a plan whose
+    layer takes ``runner_up`` instead costs ``runner_up_s`` more, and ``why`` says what is dearer
+    then, or with the batch split.
+    """
+
+    name: str
+    module: str
+    node: str
+    kind: str
+    splits: dict[str, tuple[str, ...]]
+    inputs: tuple[tuple[str, dict[str, str]], ...]
+    weights: dict[str, dict[str, str]]
+    output: dict[str, str]
+    zero: bool
+    recompute: bool
+    seconds: float
+    memory_bytes: int
+    runner_up: str
+    runner_up_s: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """A choice for every layer of a model (PaSE, arXiv 2407.04001).
+
+    ``axes``: the mesh, outermost axis first, in the order of the cluster's ranks. ``seconds`` a
+    step is predicted to take, and ``alternatives`` to it by name (data_parallel, …);
+    ``lower_bound_s``: no plan is faster by the same prices. ``notes``: what couldn't be split.
+    """
+
+    model: str
+    cluster: str
+    axes: dict[str, int]
+    layers: tuple[LayerChoice, ...]
+    seconds: float
+    lower_bound_s: float
+    memory_bytes: int
+    alternatives: dict[str, float]
+    notes: tuple[str, ...]
 
 
 def write_plan(plan: Any, path: Path) -> None:
