@@ -15,7 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 MOST = 4
 # What every process needs is imported once; the processes are forks of one that has done nothing.
-SHARED = ["torch.distributed.device_mesh", "torch.distributed.fsdp", "longspan.attention.attend"]
+SHARED = [
+    "torch.distributed.device_mesh",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "longspan.attention.attend",
+    "longspan.comm.redistribute",
+]
 
 
 def free_port() -> int:

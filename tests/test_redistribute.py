@@ -1,6 +1,6 @@
 """Changes of layout on real ranks: values, gradients in either layout, bytes, chunks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -53,7 +53,9 @@ def split_and_gather(mesh: DeviceMesh, shape: tuple[int, ...], dim: int, order: 
         with CountBytes() as count:
             whole = redistribute(shard, sharded, WHOLE, mesh, length=length, grad=grad)
         assert torch.equal(whole, x)
-        assert count.total_sent == (world - 1) * shard.nbytes
+        # Around a ring each rank hands on all but what the next one had.
+        behind = len(positions(length, (rank + 1) % world, world, order)) if world > 1 else length
+        assert count.total_sent * length == x.nbytes * (length - behind)
         (whole * told).sum().backward()
         assert torch.allclose(shard.grad, expected.index_select(dim, own), atol=1e-15)
 
@@ -90,12 +92,12 @@ def test_split_and_gather(
 
 
 def mesh_of(line: DeviceMesh, axes: Mapping[str, int]) -> DeviceMesh:
-    return line if len(axes) == 1 else _square()
+    return line if len(axes) == 1 else _grid(tuple(axes.values()))
 
 
-@lru_cache(1)
-def _square() -> DeviceMesh:
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+@lru_cache(3)
+def _grid(sizes: tuple[int, ...]) -> DeviceMesh:
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("a", "b"))
 
 
 def there_and_back(
@@ -161,6 +163,27 @@ def test_two_axes(
 ) -> None:
     src, dst = (data.draw(layouts(len(shape), "ab")) for _ in range(2))
     assert_exact(ranks, {"a": 2, "b": 2}, shape, src, dst, {"a": first, "b": second})
+
+
+@pytest.fixture(scope="module")
+def eight() -> Iterator[Ranks]:
+    started = Ranks(8)
+    yield started
+    started.stop()
+
+
+@settings(max_examples=60)
+@given(st.data(), shapes, st.sampled_from([(5,), (6,), (7,), (8,), (2, 4), (4, 2)]), placements)
+def test_up_to_eight_ranks(
+    eight: Ranks,
+    data: st.DataObject,
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    grad: Placement,
+) -> None:
+    axes = dict(zip(("sp",) if len(sizes) == 1 else ("a", "b"), sizes, strict=True))
+    src, dst = (data.draw(layouts(len(shape), list(axes))) for _ in range(2))
+    assert_exact(eight, axes, shape, src, dst, dict.fromkeys(axes, grad))
 
 
 def heads_there_and_back(mesh: DeviceMesh, heads: int, kv_heads: int, order: Order) -> None:
@@ -244,15 +267,17 @@ def sums(mesh: DeviceMesh) -> tuple[Any, Any]:
     return half.float().numpy(), full.numpy()
 
 
-def test_sums_are_taken_in_the_order_of_ranks(ranks: Ranks) -> None:
+def test_sums_are_taken_in_the_order_of_the_ring(ranks: Ranks) -> None:
     parts = [torch.randn(33, generator=torch.Generator().manual_seed(rank)) for rank in range(4)]
-    expected = [part.bfloat16().float() for part in parts], parts
     for found in ranks.run(sums):
-        for got, summands in zip(found, expected, strict=True):
-            total = ((summands[0] + summands[1]) + summands[2]) + summands[3]
-            if summands is not parts:
-                total = total.bfloat16().float()
-            assert torch.equal(torch.from_numpy(got), total)
+        for got, dtype in zip(found, (torch.bfloat16, torch.float32), strict=True):
+            shards = torch.stack([part.to(dtype) for part in parts]).tensor_split(4, 1)
+            # 33 are 9, 8, 8 and 8; rank i's are summed from i+1 on.
+            total = []
+            for rank, shard in enumerate(shards):
+                one, two, three, own = (shard[(rank + hop) % 4] for hop in range(1, 5))
+                total.append(((one + two) + three) + own)
+            assert torch.equal(torch.from_numpy(got), torch.cat(total).float())
 
 
 def refusals(mesh: DeviceMesh) -> None:

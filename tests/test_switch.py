@@ -155,6 +155,12 @@ def test_the_gradients_way(
     assert [side.placements.get("a", R) for side in way] == [comes, leaves]
 
 
+def test_a_gradient_that_nothing_sums_stays_a_part_of_the_sum() -> None:
+    comes, leaves = backward(on(Shard(0), R), on(Shard(1), R), {"a": P, "b": P}, sums=False)
+    assert [side.placements["b"] for side in (comes, leaves)] == [P, P]
+    assert [side.placements["a"] for side in (comes, leaves)] == [Shard(1), Shard(0)]
+
+
 @given(st.integers(1, 16), st.integers(1, 6), st.integers(1, 8))
 def test_heads(kv_heads: int, group: int, world: int) -> None:
     heads = kv_heads * group

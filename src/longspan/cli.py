@@ -11,6 +11,9 @@ from longspan.commands.checkpoints import export, verify
 from longspan.commands.doctor import doctor
 from longspan.commands.emit import emit
 from longspan.commands.plan_batches import plan_batches
+from longspan.commands.plan_layers import plan_layers
+from longspan.commands.plan_stages import plan_stages
+from longspan.commands.poc import poc
 from longspan.commands.report import report
 from longspan.commands.simulate import app as simulate
 from longspan.commands.watch import watch
@@ -34,8 +37,11 @@ app.command()(doctor)
 app.command()(emit)
 app.command()(watch)
 app.command()(report)
+app.command()(poc)
 app.command()(verify)
 app.command()(export)
+app.command()(plan_stages)
+app.command(name="plan-layers")(plan_layers)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from enum import StrEnum
 from itertools import pairwise
 
 import torch
+from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from longspan.balance import balanced, piece
@@ -20,6 +21,7 @@ __all__ = [
     "Order",
     "Run",
     "check_documents",
+    "layout_of",
     "local_length",
     "place_runs",
     "positions",
@@ -71,6 +73,22 @@ class Layout:
         object.__setattr__(self, "order", Order.of(self.order))
         if self.order is Order.BALANCED:
             raise LayoutError("a layout can't be in balanced order: it knows no documents")
+
+
+def layout_of(placements: Mapping[str, str]) -> Layout:
+    """The layout that a plan writes as "S(dim)", "P" or "R" by mesh axis.
+
+    Raises LayoutError for another word.
+    """
+    found: dict[str, Placement] = {}
+    for axis, word in placements.items():
+        if word in ("R", "P"):
+            found[axis] = Replicate() if word == "R" else Partial()
+        elif (dim := word.removeprefix("S(").removesuffix(")")).isdecimal():
+            found[axis] = Shard(int(dim))
+        else:
+            raise LayoutError(f"axis {axis!r}: {word!r} is no placement: use S(dim), P or R")
+    return Layout(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from longspan.errors import ConfigError
 
-__all__ = ["BatchPlan", "Group", "MicroBatch", "read_plan", "write_plan"]
+__all__ = [
+    "BatchPlan",
+    "Group",
+    "LayerChoice",
+    "LayerPlan",
+    "MicroBatch",
+    "StagePlan",
+    "StageRival",
+    "StageRow",
+    "read_plan",
+    "write_plan",
+]
 
 P = TypeVar("P")
 
@@ -57,6 +68,116 @@ class BatchPlan:
     seconds: float
     lower_bound_s: float
     reduce_once: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """One stage of a model: the layout that it runs in, and what it costs.
+
+    ``sizes``: its whole tensor's dims; ``mixes``: those that it mixes; ``after``: the stages whose
+    results it takes, none for the first. ``sharded``: the dim that each mesh axis shards while it
+    runs, None where it has all. ``inside``: how it mixes a dim that is sharded, if it does.
+    ``arrives``: what brings its tensor there, axis by axis ("sp: switch time to space").
+    ``moved_bytes`` and ``inside_bytes``: what its busiest rank sends for either, forward and
+    backward; ``moved_s``, ``inside_s`` and ``computed_s`` what it takes.
+    """
+
+    name: str
+    sizes: dict[str, int]
+    mixes: tuple[str, ...]
+    after: tuple[str, ...]
+    sharded: tuple[str | None, ...]
+    inside: Literal["nothing", "heads", "ring"]
+    arrives: tuple[str, ...]
+    moved_bytes: int
+    inside_bytes: int
+    moved_s: float
+    inside_s: float
+    computed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageRival:
+    """The same stages in one known way: what the busiest rank sends, and how long they take."""
+
+    name: str
+    sent_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """How a tensor with several sequence dims is sharded, stage by stage (DSP, arXiv 2403.10266).
+
+    ``axes``: the mesh's axes and their sizes. ``outside``: the dim that each axis shards before
+    the first stage and after the last one; ``leaves``, ``left_bytes`` and ``left_s``: what brings
+    the tensor back to that. ``seconds`` and ``sent_bytes``: forward and backward.
+    """
+
+    axes: dict[str, int]
+    outside: tuple[str | None, ...]
+    stages: tuple[StageRow, ...]
+    leaves: tuple[str, ...]
+    left_bytes: int
+    left_s: float
+    seconds: float
+    sent_bytes: int
+    rivals: tuple[StageRival, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """How one layer is split over a mesh, and how its tensors lie there.
+
+    ``splits``: the mesh axes that split each dim of its iteration space, outermost first; what is
+    replicated isn't named. A tensor's placements are by mesh axis, "S(dim)" or "P" (a partial
+    sum); an axis that isn't named is replicated (``layout.layout_of`` makes a Layout of them).
+    ``module`` is the path of the module it is in, ``node`` its place in torch.export's graph.
+    ``inputs``: one for each tensor that other layers give it, as it takes them, by the giver's
+    ``name`` (in the giver's own dims where views lie between); ``weights`` by parameter path, as
+    the layer computes with them. ``output``: as it is left, its partial sums reduced.
+    ``zero``: parameters, gradients and optimizer state are kept sharded over the axes that
+    their gradients are summed over, and gathered for use. ``recompute``: the output is not kept
+    for backward but computed again. ``seconds`` are its own, forward and backward; a plan whose
+    layer takes ``runner_up`` instead costs ``runner_up_s`` more, and ``why`` says what is dearer
+    then, or with the batch split.
+    """
+
+    name: str
+    module: str
+    node: str
+    kind: str
+    splits: dict[str, tuple[str, ...]]
+    inputs: tuple[tuple[str, dict[str, str]], ...]
+    weights: dict[str, dict[str, str]]
+    output: dict[str, str]
+    zero: bool
+    recompute: bool
+    seconds: float
+    memory_bytes: int
+    runner_up: str
+    runner_up_s: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """A choice for every layer of a model (PaSE, arXiv 2407.04001).
+
+    ``axes``: the mesh, outermost axis first, in the order of the cluster's ranks. ``seconds`` a
+    step is predicted to take, and ``alternatives`` to it by name (data_parallel, …);
+    ``lower_bound_s``: no plan is faster by the same prices. ``notes``: what couldn't be split.
+    """
+
+    model: str
+    cluster: str
+    axes: dict[str, int]
+    layers: tuple[LayerChoice, ...]
+    seconds: float
+    lower_bound_s: float
+    memory_bytes: int
+    alternatives: dict[str, float]
+    notes: tuple[str, ...]
 
 
 def write_plan(plan: Any, path: Path) -> None:

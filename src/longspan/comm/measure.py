@@ -125,17 +125,11 @@ class Stopwatch:
                 tensor = self._empty(op.sizes[0])
                 return lambda: dist.all_reduce(tensor, group=group)
             case "all_gather":
-                own = self._empty(op.sizes[place])
                 parts = [self._empty(size) for size in op.sizes]
-                if self.device.type == "cpu":
-                    return lambda: ring_all_gather(parts, group)
-                return lambda: dist.all_gather(parts, own, group=group)
+                return lambda: ring_all_gather(parts, group)
             case "reduce_scatter":
-                kept = self._empty(op.sizes[place])
                 whole = [self._empty(size) for size in op.sizes]
-                if self.device.type == "cpu":
-                    return lambda: ring_reduce_scatter(whole, group)
-                return lambda: dist.reduce_scatter(kept, whole, group=group)
+                return lambda: ring_reduce_scatter(whole, group)
             case "all_to_all":
                 sent = op.sizes[place * world : (place + 1) * world]
                 received = op.sizes[place::world]

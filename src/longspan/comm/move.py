@@ -1,8 +1,10 @@
 """Runs one row of the table of layout changes (``schedule/step.py``) on a process group.
 
-Every exchange is one all-to-all of the very elements that change their rank, so that uneven and
-empty shards need no padding; sums are taken in the order of the ranks, in fp32 at least, so that
-they are the same bits each time.
+Only the very elements that change their rank are sent, so that uneven and empty shards need no
+padding. What goes from shard to shard is one all-to-all, under way at once. What is gathered or
+reduced goes around a ring, which loads a node's link once each way and is what ``cluster/cost.py``
+prices; it sets off when it is waited for, since its hops would meet those of another ring. Sums
+are taken in the order of ranks or of the ring, so that they are the same bits each time.
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate
 
 from longspan.comm.exchange import Exchange, exchange
+from longspan.comm.rings import ring_all_gather, ring_reduce_scatter
 from longspan.layout import Run
 from longspan.schedule.step import Step
 
@@ -29,8 +32,9 @@ def move(x: Tensor, step: Step, group: dist.ProcessGroup) -> Moves:
     if before.dim is None and after.dim is None:
         if isinstance(before.placement, Partial):
             scatter, gather = step.halves
-            share = yield from _exchange(x.reshape(-1), scatter, group)
-            whole = yield from _exchange(share, gather, group)
+            yield Exchange(())
+            share = _reduce_scatter(x.reshape(-1), scatter, group)
+            whole = _all_gather(share, gather, group)
             return whole.view(x.shape)
         return x.clone() if here == 0 else torch.zeros_like(x)
     if isinstance(before.placement, Replicate):
@@ -43,13 +47,47 @@ def move(x: Tensor, step: Step, group: dist.ProcessGroup) -> Moves:
         whole = x.new_zeros(step.whole)
         _put(whole, x, before.dim, step.takes(here, here))
         return whole
+    if before.dim is None or after.dim is None:
+        yield Exchange(())
+        return (_reduce_scatter if before.dim is None else _all_gather)(x, step, group)
     return (yield from _exchange(x, step, group))
+
+
+def _all_gather(x: Tensor, step: Step, group: dist.ProcessGroup) -> Tensor:
+    here, dim = group.rank(), step.before.dim
+    assert dim is not None
+    takes = [step.takes(here, peer) for peer in range(step.world)]
+    shapes = [_with(step.whole, dim, runs) for runs in takes]
+    out = x.new_empty(step.whole)
+    as_it_comes = _lined_up(takes, step.whole, dim)
+    flat = out.view(-1) if as_it_comes else x.new_empty(out.numel())
+    parts = list(flat.split([prod(shape) for shape in shapes]))
+    parts[here].view(shapes[here]).copy_(x)
+    ring_all_gather(parts, group)
+    if not as_it_comes:
+        for part, shape, runs in zip(parts, shapes, takes, strict=True):
+            _put(out, part.view(shape), dim, runs)
+    return out
+
+
+def _reduce_scatter(x: Tensor, step: Step, group: dist.ProcessGroup) -> Tensor:
+    here, dim = group.rank(), step.after.dim
+    assert dim is not None
+    gives = [step.gives(here, peer) for peer in range(step.world)]
+    shapes = [_with(step.whole, dim, runs) for runs in gives]
+    as_it_lies = x.is_contiguous() and _lined_up(gives, step.whole, dim)
+    flat = x.view(-1) if as_it_lies else x.new_empty(x.numel())
+    parts = list(flat.split([prod(shape) for shape in shapes]))
+    if not as_it_lies:
+        for part, shape, runs in zip(parts, shapes, gives, strict=True):
+            _pick(part.view(shape), x, dim, runs)
+    return ring_reduce_scatter(parts, group).view(shapes[here])
 
 
 def _exchange(x: Tensor, step: Step, group: dist.ProcessGroup) -> Moves:
     here, world = group.rank(), step.world
-    near = _either(step.after.dim, step.before.dim)  # the dim that is cut up to be sent
-    far = _either(step.before.dim, step.after.dim)  # the dim that is put together
+    near, far = step.after.dim, step.before.dim  # the dim that is cut up, and put together again
+    assert near is not None and far is not None
     gives = [step.gives(here, peer) for peer in range(world)]
     takes = [step.takes(here, peer) for peer in range(world)]
     out_shape = torch.Size(step.shape(step.after, here))
@@ -86,12 +124,6 @@ def _exchange(x: Tensor, step: Step, group: dist.ProcessGroup) -> Moves:
             _pick(part, x, near, gives[peer])
         _put(out, part.view(shapes_in[peer]), far, takes[peer], add=step.sums)
     return out.to(x.dtype)
-
-
-def _either(dim: int | None, other: int | None) -> int:
-    found = other if dim is None else dim
-    assert found is not None
-    return found
 
 
 def _with(shape: Sequence[int], dim: int, runs: Iterable[Run]) -> tuple[int, ...]:

@@ -34,23 +34,25 @@ def redistribute(
     dst: Layout,
     mesh: DeviceMesh,
     *,
-    length: int | None = None,
+    length: int | Mapping[int, int] | None = None,
     shape: Sequence[int] | None = None,
     grad: Placement | Mapping[str, Placement] | None = None,
+    sums: bool = True,
 ) -> Tensor:
     """Bring ``x``, this rank's part of a tensor, from one layout to another over a mesh.
 
     ``length`` is the whole size of the dim that ``src`` shards (or ``dst``, where ``src`` shards
-    none), divisible or not; ``shape`` instead is the whole tensor's, needed only where ``src``
-    shards several dims. Neither is needed where it shards none. A layout's order holds for all
-    its sharded dims. ``grad`` is the gradient's placement on a replicated side, ``Replicate()``
-    (the default) or ``Partial()``, for all axes or by axis; on a sharded side it is the same
-    Shard, on a partial one replicated. An axis that is replicated on both sides hands its
-    gradient on whole. The dtype stays. All ranks of the mesh must call it in the same order.
+    none), divisible or not, or a mapping from dims to sizes; ``shape`` instead is the whole
+    tensor's. Where ``src`` shards several dims one of the latter is needed; nothing is where it
+    shards none. A layout's order holds for all its sharded dims. ``grad`` is the gradient's
+    placement on a replicated side, ``Replicate()`` (the default) or ``Partial()``, for all axes
+    or by axis; on a sharded side it is the same Shard, on a partial one replicated. An axis that
+    is replicated on both sides hands its gradient on whole, or as it came where ``sums`` is false.
+    The dtype stays. All ranks of the mesh must call it in the same order.
 
     Raises LayoutError for a tensor of another size, or a layout that doesn't fit it or the mesh.
     """
-    moving = start_redistribute(x, src, dst, mesh, length=length, shape=shape, grad=grad)
+    moving = start_redistribute(x, src, dst, mesh, length=length, shape=shape, grad=grad, sums=sums)
     return moving.wait()
 
 
@@ -60,9 +62,10 @@ def start_redistribute(
     dst: Layout,
     mesh: DeviceMesh,
     *,
-    length: int | None = None,
+    length: int | Mapping[int, int] | None = None,
     shape: Sequence[int] | None = None,
     grad: Placement | Mapping[str, Placement] | None = None,
+    sums: bool = True,
 ) -> "Moving":
     """``redistribute`` that has set off: what is computed until ``.wait()`` overlaps it.
 
@@ -75,7 +78,7 @@ def start_redistribute(
     named = grad if isinstance(grad, Mapping) else dict.fromkeys(axes, grad or Replicate())
     roads = [
         _Road(steps(here, there, whole, axes, at), mesh)
-        for here, there in ((src, dst), backward(src, dst, named))
+        for here, there in ((src, dst), backward(src, dst, named, sums))
     ]
     if (expected := local_shape(src, whole, axes, at)) != x.shape:
         raise _misfit(x, expected)
@@ -88,8 +91,9 @@ def redistribute_chunks(
     dst: Layout,
     mesh: DeviceMesh,
     *,
-    length: int | None = None,
+    length: int | Mapping[int, int] | None = None,
     grad: Placement | Mapping[str, Placement] | None = None,
+    sums: bool = True,
     ahead: int = 1,
 ) -> Iterator[Tensor]:
     """``redistribute`` of a tensor in chunks of a third dim: what computes them overlaps it.
@@ -100,7 +104,9 @@ def redistribute_chunks(
     """
     under_way: deque[Moving] = deque()
     for chunk in chunks:
-        under_way.append(start_redistribute(chunk, src, dst, mesh, length=length, grad=grad))
+        under_way.append(
+            start_redistribute(chunk, src, dst, mesh, length=length, grad=grad, sums=sums)
+        )
         if len(under_way) > ahead:
             yield under_way.popleft().wait()
     while under_way:
@@ -214,7 +220,7 @@ def _whole_shape(
     src: Layout,
     dst: Layout,
     axes: Mapping[str, int],
-    length: int | None,
+    length: int | Mapping[int, int] | None,
     shape: Sequence[int] | None,
 ) -> tuple[int, ...]:
     if shape is not None:
@@ -230,6 +236,13 @@ def _whole_shape(
         for layout in (src, dst)
     )
     whole = list(x.shape)
+    if isinstance(length, Mapping):
+        lengths = {dim % max(x.ndim, 1): size for dim, size in length.items()}
+        if not cut <= lengths.keys():
+            raise LayoutError(
+                f"dims {sorted(cut - lengths.keys())} are sharded: give their lengths"
+            )
+        return tuple(lengths[dim] if dim in cut else size for dim, size in enumerate(whole))
     if len(cut) > 1 or (cut and length is None):
         raise LayoutError(f"dims {sorted(cut)} are sharded: give the whole tensor's shape=")
     for dim in cut:

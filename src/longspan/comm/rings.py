@@ -26,9 +26,12 @@ __all__ = [
 def ring_all_gather(parts: list[Tensor], group: dist.ProcessGroup) -> None:
     """Fill ``parts``, one a rank, of which this rank's own is given; n-1 hops.
 
-    The parts may differ in size, and must be contiguous.
+    The parts may differ in size, and must be contiguous. NCCL has a ring of its own.
     """
     here, world = group.rank(), group.size()
+    if dist.get_backend(group) == "nccl":
+        dist.all_gather(parts, parts[here], group=group)
+        return
     arriving = [_receive(parts[(here - hop) % world], group) for hop in range(1, world)]
     leaving = []
     for hop in range(world - 1):
@@ -44,6 +47,10 @@ def ring_reduce_scatter(parts: list[Tensor], group: dist.ProcessGroup) -> Tensor
     Rank i's part is summed in the order i+1, i+2, …, i: the same at every call.
     """
     here, world = group.rank(), group.size()
+    if dist.get_backend(group) == "nccl":
+        total = torch.empty_like(parts[here])
+        dist.reduce_scatter(total, parts, group=group)
+        return total
     own = [parts[(here - hop) % world] for hop in range(1, world + 1)]
     received = [torch.empty_like(part) for part in own[1:]]
     arriving = [_receive(buffer, group) for buffer in received]

@@ -48,10 +48,10 @@ class Comm:
     sizes: tuple[int, ...]
 
     def sent_bytes(self, rank: int) -> int:
-        """Bytes that ``rank`` must hand to others: what it has and they lack.
+        """Bytes that ``rank`` hands to others.
 
-        For reductions this counts partial sums sent straight to the rank that keeps them; for
-        an all-reduce, a reduce-scatter and an all-gather of equal shares (rounded up).
+        In an all-gather and a reduce-scatter it hands on to the next rank of a ring all that this
+        one lacks; an all-reduce is both, of equal shares (rounded up).
         """
         if rank not in self.ranks:
             return 0
@@ -60,7 +60,7 @@ class Comm:
             case "send" | "broadcast":
                 return self.sizes[0] * (world - 1) if index == 0 else 0
             case "all_gather":
-                return self.sizes[index] * (world - 1)
+                return sum(self.sizes) - self.sizes[(index + 1) % world]
             case "reduce_scatter":
                 return sum(self.sizes) - self.sizes[index]
             case "all_reduce":

@@ -83,7 +83,9 @@ def local_shape(
     )
 
 
-def backward(src: Layout, dst: Layout, grad: Mapping[str, Placement]) -> tuple[Layout, Layout]:
+def backward(
+    src: Layout, dst: Layout, grad: Mapping[str, Placement], sums: bool = True
+) -> tuple[Layout, Layout]:
     """The transition that the gradient takes after a forward one: from ``dst``'s side to ``src``'s.
 
     =================  ==============================================================
@@ -96,7 +98,8 @@ def backward(src: Layout, dst: Layout, grad: Mapping[str, Placement]) -> tuple[L
     =================  ==============================================================
 
     On an axis that is replicated on both sides the gradient comes as ``grad`` says and leaves
-    whole. Raises LayoutError if ``grad`` holds another placement.
+    whole, or, where nothing ``sums`` it, as it came. Raises LayoutError if ``grad`` holds another
+    placement.
     """
     for placement in grad.values():
         if not isinstance(placement, Replicate | Partial):
@@ -115,7 +118,7 @@ def backward(src: Layout, dst: Layout, grad: Mapping[str, Placement]) -> tuple[L
     def replicated(layout: Layout, axis: str) -> bool:
         return isinstance(layout.placements.get(axis, Replicate()), Replicate)
 
-    leaves = {a: p for a, p in grad.items() if not replicated(dst, a)}
+    leaves = {a: p for a, p in grad.items() if not (sums and replicated(dst, a))}
     return of(dst, grad), of(src, leaves)
 
 
@@ -241,6 +244,7 @@ def _said(state: _State) -> str:
     return ", ".join(f"{side.placement} ({side.order})" for side in state)
 
 
+@lru_cache(maxsize=1 << 14)
 def _most_sent(hop: _Hop, shape: tuple[int, ...], sizes: tuple[int, ...]) -> int:
     """Elements that the most loaded rank sends in a step."""
     most = 0

@@ -1,0 +1,1 @@
+"""Examples: models made parallel by a few lines."""

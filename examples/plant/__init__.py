@@ -1,0 +1,1 @@
+"""A plant of coupled tanks, its log, and a model that foretells it."""
