@@ -19,3 +19,11 @@ def ranks() -> Iterator[Ranks]:
     started = Ranks()
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="module")
+def eight_ranks() -> Iterator[Ranks]:
+    """Eight processes, for what four don't show."""
+    started = Ranks(8)
+    yield started
+    started.stop()

@@ -14,6 +14,14 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh
 
 MOST = 4
+# What every process needs is imported once; the processes are forks of one that has done nothing.
+SHARED = [
+    "torch.distributed.device_mesh",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "longspan.attention.attend",
+    "longspan.comm.redistribute",
+]
 
 
 def free_port() -> int:
@@ -49,14 +57,14 @@ def _serve(rank: int, size: int, port: int, orders: Connection) -> None:
 class Ranks:
     """``run(f, *args, world=n)`` calls ``f(mesh, *args)`` on n ranks; f must be importable."""
 
-    def __init__(self, size: int = MOST) -> None:
-        self._size = size
+    def __init__(self, size: int = MOST, preload: tuple[str, ...] = ()) -> None:
+        """``preload``: modules that many processes are to have from one import, forked."""
+        self._size, self._preload = size, preload
         self._start()
 
     def _start(self) -> None:
-        # One process imports torch, and the ranks are forked from it.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "longspan.comm.redistribute"])
+        context.set_forkserver_preload([*SHARED, *self._preload])
         port = free_port()
         pipes = [context.Pipe() for _ in range(self._size)]
         self._orders = [ours for ours, _ in pipes]

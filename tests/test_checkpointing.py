@@ -8,11 +8,10 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from dense import dense_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
-from test_attention import Case, cases, tensors
+from test_attention import TOLERANCE, Case, cases, worst_difference
 from test_models import DOCUMENTS, batch, make
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -32,54 +31,22 @@ from longspan.schedule.rounds import comms, rounds
 SHARES = (0.0, 0.25, 0.5, 1.0)
 
 
-def call_again(mesh: DeviceMesh, case: Case, share: float, heads: bool) -> float:
-    """Of out, dq, dk and dv of the second call, from dense attention in float64."""
-    if heads:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp_inter", "sp_intra"))
-    group = mesh._flatten().get_group() if heads else mesh.get_group()
-    *inputs, dout = tensors(case)
-    whole = [x.requires_grad_() for x in inputs]
-    expected, _ = dense_attention(*whole, case.documents, case.causal, case.scale, case.window)
-    expected.backward(dout)
-    own = longspan.positions(case.documents[-1], group.rank(), group.size(), case.order)
-    local = [x.detach()[:, :, own].to(case.dtype).requires_grad_() for x in whole]
-    kept, outs = Kept(share), []
-    for _ in range(2):
-        kept.rewind()
-        outs.append(
-            longspan.attend(
-                *local,
-                mesh=mesh,
-                causal=case.causal,
-                window=case.window,
-                order=case.order,
-                scale=case.scale,
-                cu_seqlens=case.documents,
-                inside="heads" if heads else "ring",
-                kept=kept,
-            )
-        )
-    outs[1].backward(dout[:, :, own].to(case.dtype))
-    found = [outs[1], *(x.grad for x in local)]
-    dense = [expected, *(x.grad for x in whole)]
-    return max(
-        ((a.double() - b[:, :, own]).abs().max().item() for a, b in zip(found, dense, strict=True)),
-        default=0.0,
-    ) if len(own) else 0.0  # fmt: skip
-
-
 @settings(max_examples=80)
 @given(case=cases, world=st.integers(1, 4), share=st.floats(0, 1))
 def test_attention_recalled_is_exact(ranks: Ranks, case: Case, world: int, share: float) -> None:
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[case.dtype]
-    assert max(ranks.run(call_again, case, share, False, world=world)) < tolerance
+    found = ranks.run(worst_difference, case, share, 2, world=world)
+    assert max(found) < TOLERANCE[case.dtype]
+
+
+def on_two_axes(_: DeviceMesh, case: Case, share: float) -> float:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp_inter", "sp_intra"))
+    return worst_difference(mesh, replace(case, inside="heads"), share, 2)
 
 
 @settings(max_examples=20)
 @given(case=cases, share=st.sampled_from(SHARES))
 def test_also_after_a_head_exchange(ranks: Ranks, case: Case, share: float) -> None:
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[case.dtype]
-    assert max(ranks.run(call_again, case, share, True)) < tolerance
+    assert max(ranks.run(on_two_axes, case, share)) < TOLERANCE[case.dtype]
 
 
 def pairs(ring: Ring) -> list[int]:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh
 
-from longspan.attention.heads import to_heads, to_tokens
+from longspan.attention.heads import Dealt, to_heads, to_tokens
 from longspan.comm.counting import CountBytes
 from longspan.schedule.heads import HeadShares, exchange_op
 
@@ -29,13 +29,14 @@ def there_and_back(mesh: DeviceMesh, counts: list[int], heads: int, kv: int) -> 
     counts = counts[:world]
     shares = HeadShares(heads, kv, world)
     for of, number in ((shares.q, heads), (shares.kv, kv)):
-        ranges = [of(rank) for rank in range(world)]
+        ranges = tuple(of(rank) for rank in range(world))
+        dealt = Dealt(number, tuple(counts), ranges)
         whole = torch.randn(2, number, sum(counts), 3, dtype=torch.float64,
                             generator=torch.Generator().manual_seed(0))  # fmt: skip
         start = sum(counts[:here])
         mine = whole[:, :, start : start + counts[here]].clone().requires_grad_()
         with CountBytes() as count:
-            out = to_heads(mine, counts, ranges, group)
+            (out,) = to_heads((mine,), (dealt,), group)
         assert torch.equal(out, whole[:, ranges[here].start : ranges[here].stop])
         op = exchange_op(counts, ranges, 2 * 3 * 8, range(world))
         assert count.total_sent == op.sent_bytes(here)
@@ -43,7 +44,7 @@ def there_and_back(mesh: DeviceMesh, counts: list[int], heads: int, kv: int) -> 
         copies = torch.tensor([float(sum(h in r for r in ranges)) for h in range(number)])
         assert torch.equal(mine.grad, copies.double().view(1, -1, 1, 1).expand_as(mine))
         if of == shares.q:
-            back = to_tokens(out.detach().requires_grad_(), counts, ranges, number, group)
+            back = to_tokens(out.detach().requires_grad_(), dealt, group)
             assert torch.equal(back, mine)
 
 

@@ -15,11 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import longspan
+from longspan.comm.counting import CountBytes
 from longspan.comm.mesh import flat_group
 from longspan.data.packing import PackedSequence
 from longspan.errors import LeakError, ModelError
-from longspan.layout import Order
 from longspan.models.transformers import check_model
+from longspan.train.config import Parallel
 from longspan.train.figures import ring_figures
 
 SMALL = {
@@ -55,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": SMALL | MIXED,
     "qwen3_moe": SMALL | EXPERTS | {"num_experts": 32, "hidden_size": 256},
     "mixtral": SMALL | EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW},
+    "gpt_oss": SMALL | MIXED | EXPERTS | {"num_local_experts": 4},
     "deepseek_v3": SMALL | EXPERTS | {
         "head_dim": 8, "num_key_value_heads": 4,
         "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
@@ -68,7 +70,11 @@ DOCUMENTS = [0, 13, 14, 14, 50, 61]
 def make(family: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **(FAMILIES.get(family, SMALL) | changes))
-    return AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".sinks"):  # transformers starts them near 0, all alike
+            nn.init.normal_(parameter)
+    return model
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +103,8 @@ def difference(
         model.gradient_checkpointing_enable()
     assert longspan.leak_probe(model, mesh=mesh, order=order).changed > 0
     tokens, targets = batch()
-    own = longspan.positions(len(tokens), flat_group(mesh).rank(), mesh.size(), order)
+    rank = flat_group(mesh).rank()
+    own = longspan.positions(len(tokens), rank, mesh.size(), order, DOCUMENTS)
     logits = model(input_ids=tokens[None, own], cu_seqlens=torch.tensor(DOCUMENTS)).logits[0]
     loss = F.cross_entropy(logits, targets[own], reduction="sum") / len(tokens)
     loss.backward()
@@ -112,12 +119,12 @@ def difference(
 
 def cases() -> list[tuple[str, str]]:
     """Every family in one order; in all orders what differs by more than its layers."""
-    orders = ["contiguous", "zigzag", "striped"]
+    orders = ["contiguous", "zigzag", "striped", "balanced"]
     every = {"llama", "gpt2", "mistral", "gemma3_text"}
     return [
         (family, order)
         for number, family in enumerate(FAMILIES)
-        for order in (orders if family in every else [orders[number % 3]])
+        for order in (orders if family in every else [orders[number % 4]])
     ]
 
 
@@ -248,15 +255,33 @@ def test_ring_figures_know_each_layers_window() -> None:
     def ring_bytes(*kinds: str) -> float:
         changes = {"layer_types": list(kinds), "num_hidden_layers": len(kinds)}
         config = AutoConfig.for_model("gemma3_text", **FAMILIES["gemma3_text"] | changes)
-        figures = ring_figures(batch, config, torch.float32, 4, Order.CONTIGUOUS)
+        figures = ring_figures(batch, config, torch.float32, 4, Parallel(order="contiguous"))
         return figures["ring_bytes"]
 
     full, near = ring_bytes("full_attention"), ring_bytes("sliding_attention")
-    # Three neighbours: keys in forward, keys and their gradients in backward. A rank has 64 tokens,
-    # and a token 64 numbers of 4 bytes.
-    assert near == 3 * 3 * 64 * 64 * 4
+    # Three neighbours: keys in forward, keys and their gradients in backward. They need the last 7
+    # tokens of 64, and a token has 64 numbers of 4 bytes.
+    assert near == 3 * 3 * 7 * 64 * 4
     assert full > near
     assert ring_bytes("sliding_attention", "full_attention", "full_attention") == near + 2 * full
+
+
+def test_figures_follow_the_way_attention_goes() -> None:
+    tokens = np.zeros(256, np.int64)
+    batch = [PackedSequence(tokens, tokens, np.array([0, 256]))]
+    config = AutoConfig.for_model("llama", **SMALL | {"num_hidden_layers": 1})
+
+    def figures(**ways: Any) -> dict[str, float]:
+        return ring_figures(batch, config, torch.bfloat16, 4, Parallel(**ways))
+
+    # A rank has 64 tokens and a head 16 numbers of 2 bytes; 2 KV heads make 64 numbers.
+    keys = 3 * (256 - 32) * 64 * 2  # the last piece of eight stays
+    assert figures()["ring_bytes"] == keys * 3
+    assert figures(grads_in="compute")["ring_bytes"] == keys * 2
+    exchanged = figures(inside="heads")
+    # Each rank sends 3 of its 4 heads of q and of out, and a KV head (or two halves) to each.
+    assert exchanged["ring_bytes"] == 2 * (2 + 2) * 4 * 3 * 64 * 16 * 2
+    assert exchanged["attention_imbalance"] == 1
 
 
 def test_the_probe_wants_to_see_something_change(ranks: Ranks) -> None:
@@ -271,7 +296,6 @@ def test_the_probe_wants_to_see_something_change(ranks: Ranks) -> None:
         ("gemma2", {}, "softcap"),
         ("gpt2", {"add_cross_attention": True}, "cross attention"),
         ("mamba", {}, "linear_attention"),
-        ("gpt_oss", {"num_local_experts": 2}, "attention sinks"),
         ("mixtral", {"num_local_experts": 2, "output_router_logits": True}, "output_router_logits"),
         (
             "llama",
@@ -313,6 +337,11 @@ def refusals(mesh: DeviceMesh) -> None:
             model(input_ids=tokens, **arguments)
     with pytest.raises(ModelError, match="pass input_ids"):
         model(cu_seqlens=DOCUMENTS)
+    attention = model.model.layers[0].self_attn
+    attention.sinks = torch.zeros(4)
+    with pytest.raises(ModelError, match="sinks but doesn't pass them on"):
+        model(input_ids=tokens)
+    del attention.sinks
     model.model.layers[0].self_attn.forward = _without_keywords(model.model.layers[0].self_attn)
     with pytest.raises(ModelError, match="keyword arguments"):
         model(input_ids=tokens)
@@ -329,6 +358,46 @@ def _without_keywords(attention: Any) -> Any:
 
 def test_what_is_refused_in_forward(ranks: Ranks) -> None:
     ranks.run(refusals, world=1)
+
+
+def capped(mesh: DeviceMesh) -> str:
+    """A softcap that the config doesn't tell of is refused when attention is asked for it."""
+    model = make("gemma2", attn_logit_softcapping=None)
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 50.0
+    longspan.patch(model, mesh=mesh)
+    with pytest.raises(ModelError) as caught:
+        model(input_ids=batch()[0][None])
+    with pytest.raises(ModelError, match="caps attention logits"):
+        longspan.patch(make("gemma2"), mesh=mesh)
+    return str(caught.value)
+
+
+def test_softcaps_are_refused(ranks: Ranks) -> None:
+    for message in ranks.run(capped, world=2):
+        assert "asks for softcap" in message and "\n" not in message
+
+
+def in_the_compute_dtype(mesh: DeviceMesh) -> tuple[float, int, int]:
+    """The furthest that gradients are apart, and the bytes of a backward, for both ways."""
+    tokens, targets = batch()
+    own = longspan.positions(len(tokens), mesh.get_local_rank(), mesh.size(), "zigzag")
+    grads, sent = [], []
+    for grads_in in ("float32", "compute"):
+        model = longspan.patch(make("llama"), mesh=mesh, grads_in=grads_in).bfloat16()
+        arguments = {"input_ids": tokens[None, own], "targets": targets[None, own]}
+        loss = model(**arguments, cu_seqlens=DOCUMENTS).loss / len(tokens)
+        with CountBytes() as count:
+            loss.backward()
+        sent.append(count.total_sent)
+        grads.append([p.grad.float() for p in model.parameters()])
+    apart = [(a - b).norm() / b.norm() for a, b in zip(grads[1], grads[0], strict=True)]
+    return max(apart).item(), *sent
+
+
+def test_gradients_may_travel_in_the_compute_dtype(ranks: Ranks) -> None:
+    for apart, wide, narrow in ranks.run(in_the_compute_dtype):
+        assert 0 < apart < 2e-2 and narrow < 0.7 * wide
 
 
 def skipped_attention(mesh: DeviceMesh) -> None:

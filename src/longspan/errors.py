@@ -11,6 +11,7 @@ line and exits with code 2.
     ├── LeakError         information crosses documents or flows back in time
     ├── ClusterError      a cluster's description is wrong, or lacks what is asked of it
     ├── ScheduleError     schedules that can't be played together
+    ├── PlanError         a batch can't be planned, or its planner fails
     ├── MemoryLimitError  the job doesn't fit the device
     ├── LabError          the emulated cluster can't be built, reached or run
     └── CheckpointError   a checkpoint is missing, damaged or of another run
@@ -27,6 +28,7 @@ __all__ = [
     "LongspanError",
     "MemoryLimitError",
     "ModelError",
+    "PlanError",
     "ScheduleError",
 ]
 
@@ -61,6 +63,10 @@ class ClusterError(LongspanError):
 
 class ScheduleError(LongspanError):
     """The schedules of several ranks can't be played together: they deadlock or don't match."""
+
+
+class PlanError(LongspanError):
+    """A batch can't be planned, or the process that plans it fails again and again."""
 
 
 class MemoryLimitError(LongspanError):

@@ -15,6 +15,8 @@ from longspan.errors import ConfigError
 __all__ = [
     "BatchPlan",
     "Group",
+    "LayerChoice",
+    "LayerPlan",
     "MicroBatch",
     "StagePlan",
     "StageRival",
@@ -31,7 +33,8 @@ class Group:
     """Ranks that share ``sequences`` (places in the batch's lengths) in one micro-batch.
 
     ``inside``: how attention is spread over several ranks, a ring or a head exchange.
-    ``sent_bytes`` and ``peak_bytes``: what its busiest rank sends, and holds at most.
+    ``sent_bytes`` and ``peak_bytes``: what its busiest rank sends, and holds at most; ``sent_s``:
+    the seconds of it all in which it waits for that.
     """
 
     ranks: tuple[int, ...]
@@ -40,6 +43,7 @@ class Group:
     seconds: float
     sent_bytes: int
     peak_bytes: int
+    sent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class BatchPlan:
     """How one batch of uneven sequences is trained on (FlexSP, arXiv 2412.01523).
 
     ``sharding``: over which ranks parameters are spread. ``lower_bound_s``: no plan is faster.
+    ``reduce_once``: gradients are reduced in the last micro-batch, not in every one.
     """
 
     lengths: tuple[int, ...]
@@ -62,6 +67,7 @@ class BatchPlan:
     sharding: Literal["world", "node", "none"]
     seconds: float
     lower_bound_s: float
+    reduce_once: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +123,61 @@ class StagePlan:
     seconds: float
     sent_bytes: int
     rivals: tuple[StageRival, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """How one layer is split over a mesh, and how its tensors lie there.
+
+    ``splits``: the mesh axes that split each dim of its iteration space, outermost first; what is
+    replicated isn't named. A tensor's placements are by mesh axis, "S(dim)" or "P" (a partial
+    sum); an axis that isn't named is replicated (``layout.layout_of`` makes a Layout of them).
+    ``module`` is the path of the module it is in, ``node`` its place in torch.export's graph.
+    ``inputs``: one for each tensor that other layers give it, as it takes them, by the giver's
+    ``name`` (in the giver's own dims where views lie between); ``weights`` by parameter path, as
+    the layer computes with them. ``output``: as it is left, its partial sums reduced.
+    ``zero``: parameters, gradients and optimizer state are kept sharded over the axes that
+    their gradients are summed over, and gathered for use. ``recompute``: the output is not kept
+    for backward but computed again. ``seconds`` are its own, forward and backward; a plan whose
+    layer takes ``runner_up`` instead costs ``runner_up_s`` more, and ``why`` says what is dearer
+    then, or with the batch split.
+    """
+
+    name: str
+    module: str
+    node: str
+    kind: str
+    splits: dict[str, tuple[str, ...]]
+    inputs: tuple[tuple[str, dict[str, str]], ...]
+    weights: dict[str, dict[str, str]]
+    output: dict[str, str]
+    zero: bool
+    recompute: bool
+    seconds: float
+    memory_bytes: int
+    runner_up: str
+    runner_up_s: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """A choice for every layer of a model (PaSE, arXiv 2407.04001).
+
+    ``axes``: the mesh, outermost axis first, in the order of the cluster's ranks. ``seconds`` a
+    step is predicted to take, and ``alternatives`` to it by name (data_parallel, …);
+    ``lower_bound_s``: no plan is faster by the same prices. ``notes``: what couldn't be split.
+    """
+
+    model: str
+    cluster: str
+    axes: dict[str, int]
+    layers: tuple[LayerChoice, ...]
+    seconds: float
+    lower_bound_s: float
+    memory_bytes: int
+    alternatives: dict[str, float]
+    notes: tuple[str, ...]
 
 
 def write_plan(plan: Any, path: Path) -> None:

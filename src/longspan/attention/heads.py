@@ -1,105 +1,133 @@
 """Runs the head exchange: from a share of the tokens of all heads to all tokens of some, and back.
 
 The two directions are each other's backward. Where several ranks hold the same KV head, going
-back adds their gradients up.
+back adds their gradients up. Tensors that are exchanged together go as one message to each rank.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.attention.ring import accumulation_dtype
 from longspan.comm.exchange import exchange
 
-__all__ = ["to_heads", "to_tokens"]
+__all__ = ["Dealt", "to_heads", "to_tokens"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Each rank's number of tokens, and which of the ``heads`` heads it gets."""
+
+    heads: int
+    counts: tuple[int, ...]
+    shares: tuple[range, ...]
+
+    @property
+    def apart(self) -> bool:
+        """Whether no two ranks get the same head."""
+        held = [share for share in self.shares if share]
+        return all(one.stop <= other.start for one, other in pairwise(held))
 
 
 def to_heads(
-    x: Tensor, counts: Sequence[int], shares: Sequence[range], group: dist.ProcessGroup
-) -> Tensor:
-    """``(B, H, tokens here, D)`` to ``(B, heads here, all tokens, D)``, rank by rank.
-
-    ``counts`` and ``shares``: each rank's number of tokens and heads.
-    """
-    out: Tensor = _ToHeads.apply(x, tuple(counts), tuple(shares), group)
+    tensors: Sequence[Tensor], dealt: Sequence[Dealt], group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
+    """Each ``(B, H, tokens here, D)`` to ``(B, heads here, all tokens, D)``, rank by rank."""
+    out: tuple[Tensor, ...] = _ToHeads.apply(tuple(dealt), group, *tensors)
     return out
 
 
-def to_tokens(
-    x: Tensor, counts: Sequence[int], shares: Sequence[range], heads: int, group: dist.ProcessGroup
-) -> Tensor:
+def to_tokens(x: Tensor, dealt: Dealt, group: dist.ProcessGroup) -> Tensor:
     """``(B, heads here, all tokens, D)`` to ``(B, heads, tokens here, D)``."""
-    out: Tensor = _ToTokens.apply(x, tuple(counts), tuple(shares), heads, group)
+    out: Tensor = _ToTokens.apply(x, dealt, group)
     return out
 
 
-def _swap(parts: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup) -> list[Tensor]:
-    """Send parts[i] to rank i; what came from each, in the shapes given."""
-    sent = torch.cat([part.reshape(-1) for part in parts])
-    sizes = [shape.numel() for shape in shapes]
-    received = sent.new_empty(sum(sizes))
-    exchange(received, sent, sizes, [part.numel() for part in parts], group).wait()
-    return [p.view(shape) for p, shape in zip(received.split(sizes), shapes, strict=True)]
+def _swap(
+    parts: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Shape]], group: dist.ProcessGroup
+) -> list[list[Tensor]]:
+    """Send ``parts[i]`` to rank i; what came from rank i, of ``shapes[i]``."""
+    sent_sizes = [[part.numel() for part in to] for to in parts]
+    sizes = [[prod(shape) for shape in source] for source in shapes]
+    sent = parts[0][0].new_empty(sum(map(sum, sent_sizes)))
+    pieces = sent.split([size for to in sent_sizes for size in to])
+    for piece, part in zip(pieces, (part for to in parts for part in to), strict=True):
+        piece.view(part.shape).copy_(part)
+    received = sent.new_empty(sum(map(sum, sizes)))
+    exchange(
+        received, sent, [sum(row) for row in sizes], [sum(row) for row in sent_sizes], group
+    ).wait()
+    came = iter(received.split([size for source in sizes for size in source]))
+    return [[next(came).view(shape) for shape in source] for source in shapes]
 
 
 def _scatter(
-    x: Tensor, counts: tuple[int, ...], shares: tuple[range, ...], group: dist.ProcessGroup
-) -> Tensor:
-    batch, *_, dim = x.shape
-    here = len(shares[group.rank()])
-    parts = [x[:, share.start : share.stop] for share in shares]
-    shapes = [torch.Size((batch, here, count, dim)) for count in counts]
-    return torch.cat(_swap(parts, shapes, group), dim=2)
+    tensors: Sequence[Tensor], dealt: Sequence[Dealt], group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
+    here, world = group.rank(), group.size()
+    both = list(zip(tensors, dealt, strict=True))
+    parts = [[x[:, d.shares[r].start : d.shares[r].stop] for x, d in both] for r in range(world)]
+    shapes = [
+        [(x.shape[0], len(d.shares[here]), d.counts[r], x.shape[3]) for x, d in both]
+        for r in range(world)
+    ]
+    came = _swap(parts, shapes, group)
+    return tuple(torch.cat(of_one, dim=2) for of_one in zip(*came, strict=True))
 
 
 def _gather(
-    x: Tensor,
-    counts: tuple[int, ...],
-    shares: tuple[range, ...],
-    heads: int,
-    group: dist.ProcessGroup,
-) -> Tensor:
-    batch, *_, dim = x.shape
-    here = counts[group.rank()]
-    shapes = [torch.Size((batch, len(share), here, dim)) for share in shares]
-    out = x.new_zeros(batch, heads, here, dim)
-    for share, part in zip(shares, _swap(list(x.split(counts, 2)), shapes, group), strict=True):
+    tensors: Sequence[Tensor], dealt: Sequence[Dealt], group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
+    here, world = group.rank(), group.size()
+    both = list(zip(tensors, dealt, strict=True))
+    parts = zip(*(x.split(d.counts, 2) for x, d in both), strict=True)
+    shapes = [
+        [(x.shape[0], len(d.shares[r]), d.counts[here], x.shape[3]) for x, d in both]
+        for r in range(world)
+    ]
+    came = zip(*_swap(list(parts), shapes, group), strict=True)
+    return tuple(_joined(of_one, d) for of_one, d in zip(came, dealt, strict=True))
+
+
+def _joined(parts: Sequence[Tensor], dealt: Dealt) -> Tensor:
+    """All heads from each rank's; one that several ranks had is their sum."""
+    if dealt.apart:
+        return torch.cat(list(parts), dim=1)
+    batch, _, here, dim = parts[0].shape
+    dtype = accumulation_dtype(parts[0].dtype)
+    out = parts[0].new_zeros(batch, dealt.heads, here, dim, dtype=dtype)
+    for share, part in zip(dealt.shares, parts, strict=True):
         out[:, share.start : share.stop] += part
-    return out
+    return out.to(parts[0].dtype)
 
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        counts: tuple[int, ...],
-        shares: tuple[range, ...],
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.back = (counts, shares, x.shape[1], group)
-        return _scatter(x, counts, shares, group)
+        ctx: Any, dealt: tuple[Dealt, ...], group: dist.ProcessGroup, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.dealt, ctx.group = dealt, group
+        return _scatter(tensors, dealt, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather(grad, *ctx.back), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *_gather(grads, ctx.dealt, ctx.group)
 
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        counts: tuple[int, ...],
-        shares: tuple[range, ...],
-        heads: int,
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.back = (counts, shares, group)
-        return _gather(x, counts, shares, heads, group)
+    def forward(ctx: Any, x: Tensor, dealt: Dealt, group: dist.ProcessGroup) -> Tensor:
+        ctx.dealt, ctx.group = dealt, group
+        return _gather((x,), (dealt,), group)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _scatter(grad, *ctx.back), None, None, None, None
+        return _scatter((grad,), (ctx.dealt,), ctx.group)[0], None, None

@@ -5,18 +5,15 @@ are more ranks than heads, keys and values travel (BurstEngine, arXiv 2509.19836
 2405.07719).
 """
 
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from longspan.attention.heads import to_heads, to_tokens
-from longspan.attention.kept import Kept
-from longspan.attention.ring import ring_of, turn
+from longspan.attention.heads import Dealt, to_heads, to_tokens
 from longspan.layout import Order, positions
 from longspan.schedule.heads import HeadShares
-from longspan.schedule.rounds import Travels
 
 __all__ = ["exchange_heads"]
 
@@ -25,42 +22,52 @@ def exchange_heads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     mesh: DeviceMesh,
-    causal: bool,
-    window: int | None,
     order: Order,
-    scale: float,
     documents: tuple[int, ...],
-    travels: Travels | Literal["auto"],
-    kept: Kept | None,
+    kv_documents: tuple[int, ...],
+    attend_here: Callable[..., Tensor],
 ) -> Tensor:
     """Attention with a head exchange on the mesh's last axis, and a ring over the other, if any.
 
-    The ranks of the last axis gather each other's tokens, for a share of the heads. Arguments are
+    The ranks of the last axis gather each other's tokens, for a share of the heads, and
+    ``attend_here(q, k, v, sinks, group, world, width=…)`` attends with what is gathered, on a ring
+    of ``world`` places of ``width`` ranks. Other arguments are
     those of ``attend``, checked.
     """
     inner = mesh.get_group(mesh.ndim - 1)
     width, places = inner.size(), mesh.size() // inner.size()
     place = mesh.get_local_rank(0) if mesh.ndim == 2 else 0
-    dealt = [positions(documents[-1], place * width + r, mesh.size(), order) for r in range(width)]
-    counts = [len(part) for part in dealt]
+    ranks = range(place * width, (place + 1) * width)
+    q_places, kv_places = (
+        [positions(ends[-1], rank, mesh.size(), order, ends) for rank in ranks]
+        for ends in (documents, kv_documents)
+    )
     shares = HeadShares(q.shape[1], k.shape[1], width)
-    q_shares = [shares.q(rank) for rank in range(width)]
-    kv_shares = [shares.kv(rank) for rank in range(width)]
-    q_here = to_heads(q, counts, q_shares, inner)
-    k_here, v_here = (to_heads(x, counts, kv_shares, inner) for x in (k, v))
+    q_dealt = Dealt(q.shape[1], _counts(q_places), tuple(shares.q(r) for r in range(width)))
+    kv_dealt = Dealt(k.shape[1], _counts(kv_places), tuple(shares.kv(r) for r in range(width)))
+    q_here, k_here, v_here = to_heads((q, k, v), (q_dealt, kv_dealt, kv_dealt), inner)
     if not shares.even(inner.rank()):
         one_each = torch.tensor(shares.kv_of_q(inner.rank()), device=k.device)
         k_here, v_here = (x.index_select(1, one_each) for x in (k_here, v_here))
     # Tokens come rank by rank; a ring's are in ascending position.
-    ascending = None
-    if order is not Order.STRIPED and width > 1:
-        ascending = torch.cat(dealt).argsort().to(q.device)
-        q_here, k_here, v_here = (x.index_select(2, ascending) for x in (q_here, k_here, v_here))
-    here = (q_here, k_here, v_here)
-    ring = ring_of(*here, places, order, causal, documents, window=window, width=width)
+    sort = order is not Order.STRIPED and width > 1
+    if sort:
+        ascending, keys_ascending = (
+            torch.cat(found).argsort().to(q.device) for found in (q_places, kv_places)
+        )
+        q_here = q_here.index_select(2, ascending)
+        k_here, v_here = (x.index_select(2, keys_ascending) for x in (k_here, v_here))
+    if sinks is not None:
+        own = shares.q(inner.rank())
+        sinks = sinks[own.start : own.stop]
     outer = mesh.get_group(0) if places > 1 else None
-    out = turn(*here, ring, outer, scale, travels, kept)
-    if ascending is not None:
+    out = attend_here(q_here, k_here, v_here, sinks, outer, places, width=width)
+    if sort:
         out = out.index_select(2, ascending.argsort())
-    return to_tokens(out, counts, q_shares, q.shape[1], inner)
+    return to_tokens(out, q_dealt, inner)
+
+
+def _counts(places: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(len(part) for part in places)

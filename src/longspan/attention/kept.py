@@ -17,9 +17,9 @@ __all__ = ["Kept", "Late"]
 
 @dataclass(frozen=True)
 class Late:
-    """Out and lse of a rank's tokens from position ``stop`` on."""
+    """Out and lse of a rank's tokens from position ``stop`` on; None: of none."""
 
-    stop: int
+    stop: int | None
     out: Tensor
     lse: Tensor
 
@@ -49,9 +49,9 @@ class Kept:
 
     def keep(self, out: Tensor, lse: Tensor, ring: Ring, rank: int) -> None:
         """Remember the late part of a call's result."""
-        stop = ring.length - int(self.share * ring.length)
-        if self.share and not (ring.causal and ring.ascending):
-            stop = 0
+        stop: int | None = ring.length - int(self.share * ring.length)
+        if not (ring.causal and ring.ascending):
+            stop = 0 if self.share else None
         early = tokens(replace(ring, stop=stop), rank)
         out, lse = out.detach()[:, :, early:], lse[:, :, early:]
         if early:  # a view would keep the whole

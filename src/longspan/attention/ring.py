@@ -4,17 +4,19 @@ Names: a rank's *payload* is what it hands around: its keys and values, or in ba
 their output's gradient and two statistics of each row. ``held`` is the payload that a round
 computes with, ``own`` the gradient of this rank's payload, ``sums`` that of another's, on its way.
 Payloads are one flat buffer, so that they go as one message. Results are accumulated in float32
-(float64 for float64), and gradients travel so.
+(float64 for float64); gradients travel so, or in the dtype that is computed in.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.attention.buffers import Flat, Sums
 from longspan.attention.kept import Kept, Late
 from longspan.attention.kernels import Flipped, kernel_for
 from longspan.attention.merge import merge_
@@ -23,7 +25,9 @@ from longspan.layout import Order
 from longspan.schedule.ring import Block, Ring, tokens
 from longspan.schedule.rounds import Round, Travels, cheapest, rounds
 
-__all__ = ["RingAttention", "accumulation_dtype", "ring_of", "turn"]
+__all__ = ["GradsIn", "RingAttention", "accumulation_dtype", "ring_of", "turn"]
+
+GradsIn = Literal["float32", "compute"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,54 +35,23 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@dataclass(frozen=True)
-class _Flat:
-    """Tensors of shape (batch, heads, tokens, …) of any rank in one flat buffer of bytes.
-
-    ``like`` are this rank's; those of another rank differ in the number of tokens.
-    """
-
-    ring: Ring
-    like: tuple[Tensor, ...]
-
-    def _shape(self, x: Tensor, source: int) -> torch.Size:
-        return torch.Size((*x.shape[:2], tokens(self.ring, source), *x.shape[3:]))
-
-    def empty(self, source: int) -> Tensor:
-        """A buffer for the tensors of a rank."""
-        size = sum(self._shape(x, source).numel() * x.element_size() for x in self.like)
-        return self.like[0].new_empty(size, dtype=torch.uint8)
-
-    def filled(self) -> Tensor:
-        """A buffer with this rank's tensors."""
-        return torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in self.like])
-
-    def views(self, flat: Tensor, source: int) -> list[Tensor]:
-        """The tensors in a rank's buffer."""
-        shapes = [self._shape(x, source) for x in self.like]
-        sizes = [s.numel() * x.element_size() for x, s in zip(self.like, shapes, strict=True)]
-        parts = zip(flat.split(sizes), shapes, self.like, strict=True)
-        return [part.view(x.dtype).view(shape) for part, shape, x in parts]
-
-
 def _play(
     turns: tuple[Round, ...],
     group: dist.ProcessGroup | None,
-    payload: _Flat,
-    gradient: _Flat | None,
-    compute: Callable[[Block, list[Tensor], list[Tensor]], None],
-) -> list[Tensor]:
+    payload: Flat,
+    gradient: Sums | None,
+    compute: Callable[[Block, Sequence[Tensor], Sequence[Tensor]], None],
+) -> None:
     """Go through the rounds: ``compute(block, held, sums)`` adds to ``sums`` in backward.
 
-    Returns the gradient of this rank's own payload, summed over all ranks.
+    The gradient of this rank's own payload, over all ranks, is added to ``gradient``'s own.
     """
     rank = _rank(group)
     # What goes to the next node may take as long as the inner ring's whole turn.
     ring = payload.ring
     mail = Mailbox(group, payload.empty, rounds=2 if ring.node == ring.world else ring.node + 1)
-    grad_mail = Mailbox(group, gradient.empty, tag=1) if gradient else None
-    held = {rank: payload.filled()}
-    own = gradient.empty(rank).zero_() if gradient else None
+    grad_mail = Mailbox(group, gradient.arriving, tag=1) if gradient else None
+    held = {rank: payload.filled(rank)}
     mail.announce(turns[0].payload)
     for number, turn in enumerate(turns):
         source = turn.source
@@ -87,42 +60,36 @@ def _play(
         for arrived in mail.take(source) if source != rank else ():
             held[source] = arrived
         mail.start(turn.payload, held.__getitem__)
-        sums = own
+        sums: dict[int, Tensor] = {}
         if gradient and grad_mail:
             grad_mail.announce(turn.grads)
             if source != rank:
-                sums = gradient.empty(source).zero_()
-        if turn.blocks and held[source].numel():
+                sums[source] = gradient.zeros(source)
+        views: Sequence[Tensor] = payload.own
+        parts: Sequence[Tensor] = gradient.own.own if gradient else ()
+        if turn.blocks and source != rank:
             views = payload.views(held[source], source)
-            parts = gradient.views(sums, source) if gradient and sums is not None else []
+            parts = gradient.own.views(sums[source], source) if gradient else ()
+        if views[0].numel():  # a rank may have no heads
             for block in turn.blocks:
                 compute(block, views, parts)
-        if gradient and grad_mail and sums is not None:
+        if gradient and grad_mail:
             if source != rank:
-                _add(gradient, sums, grad_mail.take(source), source)
-            grad_mail.start(turn.grads, {source: sums}.__getitem__)
+                gradient.join(sums[source], grad_mail.take(source), source)
+            grad_mail.start(turn.grads, partial(gradient.leaving, sums))
         if source != rank:
             held.pop(source, None)
     mail.finish()
-    if not gradient or not grad_mail or own is None:
-        return []
-    _add(gradient, own, grad_mail.take(rank), rank)
-    grad_mail.finish()
-    return gradient.views(own, rank)
-
-
-def _add(gradient: _Flat, sums: Tensor, parts: list[Tensor], source: int) -> None:
-    for part in parts:
-        pairs = zip(gradient.views(sums, source), gradient.views(part, source), strict=True)
-        for total, share in pairs:
-            total += share
+    if gradient and grad_mail:
+        gradient.home(grad_mail.take(rank), rank)
+        grad_mail.finish()
 
 
 class RingAttention(torch.autograd.Function):
-    """``apply(q, k, v, ring, group, scale, travels, late) -> (out, lse)``; lse has no gradient.
+    """``apply(q, k, v, sinks, ring, group, scale, travels, grads_in, late) -> (out, lse)``.
 
-    ``travels``: what backward hands around. With ``late``, which is known already, forward only
-    computes and sends what the tokens before need.
+    lse, with the sinks in it, has no gradient. ``travels``: what backward hands around. With
+    ``late``, which is known already, forward only computes and sends what the tokens before need.
     """
 
     @staticmethod
@@ -131,10 +98,12 @@ class RingAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sinks: Tensor | None,
         ring: Ring,
         group: dist.ProcessGroup | None,
         scale: float,
         travels: Travels,
+        grads_in: GradsIn,
         late: Late | None,
     ) -> tuple[Tensor, Tensor]:
         rank, early = _rank(group), ring if late is None else replace(ring, stop=late.stop)
@@ -145,32 +114,42 @@ class RingAttention(torch.autograd.Function):
         out = q.new_zeros(size, dtype=wide).transpose(1, 2)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
 
-        def compute(block: Block, held: list[Tensor], _: list[Tensor]) -> None:
+        def compute(block: Block, held: Sequence[Tensor], _: Sequence[Tensor]) -> None:
             rows, columns = _cuts(block)
             kv = [x[:, :, columns] for x in held]
             run = Flipped(kernel) if block.flipped else kernel
             part = run.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
             merge_(out[:, :, rows], lse[:, :, rows], *part)
 
-        payload = _Flat(early, (k[:, :, :count], v[:, :, :count]))
+        payload = Flat(early, "kv", (k, v))
         _play(rounds(early, rank), group, payload, None, compute)
+        if sinks is not None:  # a sink is one more key, whose value is 0
+            rows = lse[:, :, :count]
+            merge_(out[:, :, :count], rows, out.new_zeros(()), _by_row(sinks, rows))
         if late is not None:
             out[:, :, count:], lse[:, :, count:] = late.out, late.lse
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.ring, ctx.group, ctx.scale, ctx.travels = ring, group, scale, travels
+        ctx.wire = _wire_dtype(q.dtype, grads_in)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         ring, group, wide = ctx.ring, ctx.group, accumulation_dtype(q.dtype)
         turns = rounds(ring, _rank(group), True, ctx.travels)
         kernel, scale = kernel_for(q, v), ctx.scale
         dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+        dsinks = None
+        if sinks is not None:
+            weights = (_by_row(sinks, lse) - lse).exp().masked_fill(lse == -torch.inf, 0.0)
+            dsinks = -(weights * _row_sums(dout, out)).sum((0, 2)).to(sinks.dtype)
 
-        def add(block: Block, query: list[Tensor], keys: list[Tensor], sums: list[Tensor]) -> None:
+        def add(
+            block: Block, query: list[Tensor], keys: Sequence[Tensor], sums: Sequence[Tensor]
+        ) -> None:
             """``query``: the block's rows of dout, q, out, lse; ``sums``: of dq, and dk, dv."""
             _, columns = _cuts(block)
             dout, q, out, lse = query
@@ -183,7 +162,7 @@ class RingAttention(torch.autograd.Function):
 
         if ctx.travels == "kv":
 
-            def compute_kv(block: Block, held: list[Tensor], sums: list[Tensor]) -> None:
+            def compute_kv(block: Block, held: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
                 rows, _ = _cuts(block)
                 add(
                     block,
@@ -192,24 +171,38 @@ class RingAttention(torch.autograd.Function):
                     [dq[:, :, rows], *sums],
                 )
 
-            dk, dv = _play(turns, group, _Flat(ring, (k, v)), _Flat(ring, (dk, dv)), compute_kv)
+            sums = Sums(Flat(ring, "kv", (dk, dv)), ctx.wire)
+            _play(turns, group, Flat(ring, "kv", (k, v)), sums, compute_kv)
         else:
-            delta = (dout.to(wide) * out).sum(-1)
+            delta = _row_sums(dout, out)
 
-            def compute_q(block: Block, held: list[Tensor], sums: list[Tensor]) -> None:
+            def compute_q(block: Block, held: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
                 lse, delta, q, dout = held
                 rows, _ = _cuts(block)
                 out = _stand_in(dout[:, :, rows], delta[:, :, rows], dout.dtype)
                 query = [dout[:, :, rows], q[:, :, rows], out, lse[:, :, rows]]
                 add(block, query, [k, v], [sums[0][:, :, rows], dk, dv])
 
-            payload = _Flat(ring, (lse, delta, q, dout))
-            (dq,) = _play(turns, group, payload, _Flat(ring, (dq,)), compute_q)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
+            sums = Sums(Flat(ring, "q", (dq,)), ctx.wire)
+            _play(turns, group, Flat(ring, "q", (lse, delta, q, dout)), sums, compute_q)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, *[None] * 6
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:
     return group.rank() if group else 0
+
+
+def _by_row(sinks: Tensor, rows: Tensor) -> Tensor:
+    """The sinks of the heads, for rows ``(B, H, S)``."""
+    return sinks.to(rows.dtype).view(1, -1, 1).expand_as(rows)
+
+
+def _row_sums(dout: Tensor, out: Tensor) -> Tensor:
+    return (dout.to(accumulation_dtype(dout.dtype)) * out).sum(-1)
+
+
+def _wire_dtype(dtype: torch.dtype, grads_in: GradsIn) -> torch.dtype:
+    return dtype if grads_in == "compute" else accumulation_dtype(dtype)
 
 
 def _cuts(block: Block) -> tuple[slice, slice]:
@@ -235,17 +228,19 @@ def turn(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     ring: Ring,
     group: dist.ProcessGroup | None,
     scale: float,
     travels: Travels | Literal["auto"],
+    grads_in: GradsIn,
     kept: Kept | None,
 ) -> Tensor:
     """Attention by this ring's schedule; a ring of one rank needs no group."""
     way = cheapest(ring) if travels == "auto" else travels
     late = None if kept is None else kept.recalled()
     out: Tensor
-    out, lse = RingAttention.apply(q, k, v, ring, group, scale, way, late)
+    out, lse = RingAttention.apply(q, k, v, sinks, ring, group, scale, way, grads_in, late)
     if kept is not None and late is None:
         kept.keep(out, lse, ring, _rank(group))
     return out
@@ -260,12 +255,14 @@ def ring_of(
     causal: bool,
     documents: Sequence[int],
     *,
+    kv_documents: Sequence[int] | None = None,
     window: int | None = None,
     node_ranks: int = 0,
     width: int = 1,
+    grads_in: GradsIn = "float32",
 ) -> Ring:
     """The ring schedule's sizes for these queries, keys and values."""
-    wide = accumulation_dtype(k.dtype).itemsize
+    wide, wire = accumulation_dtype(k.dtype).itemsize, _wire_dtype(k.dtype, grads_in).itemsize
     kv_numbers = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
     rows = q.shape[0] * q.shape[1]
     return Ring(
@@ -275,10 +272,11 @@ def ring_of(
         causal=causal,
         documents=tuple(documents),
         kv_bytes=kv_numbers * k.element_size(),
-        grad_bytes=kv_numbers * wide,
+        grad_bytes=kv_numbers * wire,
         q_bytes=rows * ((q.shape[3] + v.shape[3]) * q.element_size() + 2 * wide),
-        dq_bytes=rows * q.shape[3] * wide,
+        dq_bytes=rows * q.shape[3] * wire,
         window=window,
         node_ranks=node_ranks,
         width=width,
+        kv_documents=None if kv_documents is None else tuple(kv_documents),
     )

@@ -48,9 +48,9 @@ class Device(_Part):
     """A kind of device: its memory, and the rates it computes at.
 
     ``peak`` and ``measured`` are flops a second by op kind ("matmul", "attention", …) and dtype
-    (torch's names); what was measured is believed before what was promised, and a kind without
-    rates of its own runs at matmul's. ``bytes_per_s`` is its memory's rate, ``overhead_s`` what
-    every op costs before it starts.
+    (torch's names); what was measured is believed before what was promised. A kind without rates
+    of its own runs at those of its first word, or else at matmul's. ``bytes_per_s`` is its
+    memory's rate, ``overhead_s`` what every op costs before it starts.
     """
 
     memory_bytes: ByteSize = Field(gt=0)
@@ -62,7 +62,7 @@ class Device(_Part):
 
     def rate(self, kind: str, dtype: str) -> float | None:
         """Flops a second of an op kind in a dtype, or None where nothing is known of it."""
-        for name in (kind, "matmul"):
+        for name in (kind, kind.split()[0], "matmul"):
             for rates in (self.measured, self.peak):
                 if dtype in rates.get(name, {}):
                     return rates[name][dtype]

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-__all__ = ["all_words", "first_words"]
+__all__ = ["all_words", "first_words", "leaders_words"]
 
 _BYTES = 1024
 
@@ -18,9 +18,25 @@ def first_words(words: str) -> str:
 
 def all_words(words: str) -> list[str]:
     """Each rank's words, cut to 1,024 bytes, on every rank. All ranks must call it."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = _device()
     own = words.encode()[:_BYTES].ljust(_BYTES, b"\0")
     line = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
     lines = [torch.empty_like(line) for _ in range(dist.get_world_size())]
     dist.all_gather(lines, line)
     return [bytes(line.tolist()).rstrip(b"\0").decode(errors="ignore") for line in lines]
+
+
+def leaders_words(words: str) -> str:
+    """Rank 0's words, of any length, on every rank. All ranks must call it."""
+    line = torch.frombuffer(bytearray(words.encode()), dtype=torch.uint8) if words else None
+    size = torch.tensor(0 if line is None else len(line), device=_device())
+    dist.broadcast(size, 0)
+    if dist.get_rank() or line is None:
+        line = torch.empty(int(size), dtype=torch.uint8)
+    line = line.to(_device())
+    dist.broadcast(line, 0)
+    return bytes(line.tolist()).decode()
+
+
+def _device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"

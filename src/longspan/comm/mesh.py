@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longspan.errors import ConfigError, LayoutError
 
-__all__ = ["axis_group", "connect", "flat_group", "make_mesh"]
+__all__ = ["axis_group", "connect", "flat_group", "make_mesh", "sharding_mesh"]
 
 
 def connect(timeout_s: float = 300.0) -> torch.device:
@@ -44,6 +44,24 @@ def make_mesh(world: int, sp: int, device_type: str) -> DeviceMesh:
             f"use one of {', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
         )
     return init_device_mesh(device_type, (world // sp, sp), mesh_dim_names=("dp", "sp"))
+
+
+def sharding_mesh(shards: int, device_type: str) -> DeviceMesh:
+    """A mesh for parameters that are spread over every ``shards`` ranks, side by side.
+
+    One axis if these are all ranks; else ``replica`` and ``shard``, as FSDP2 wants them. Raises
+    ConfigError if ``shards`` doesn't divide the ranks.
+    """
+    world = dist.get_world_size()
+    if shards < 1 or world % shards:
+        raise ConfigError(
+            f"parameters can't be spread over {shards} ranks each of {world}: nodes must be alike, "
+            "or set parallel.sharding to world or none"
+        )
+    if shards == world:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+    shape = (world // shards, shards)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replica", "shard"))
 
 
 def axis_group(mesh: DeviceMesh) -> dist.ProcessGroup:

@@ -122,7 +122,7 @@ def _collective(kind: CommKind, ranks: tuple[int, ...], size: int) -> list[Comm]
 
 
 def _computing(watch: Stopwatch) -> Iterator[Note]:
-    """Matrix products, attention and copies on all ranks at once."""
+    """Matrix products, attention forward and backward, and copies on all ranks at once."""
     for op, work in _works(watch.device):
         for rank, seconds in enumerate(watch.everyone(*watch.compute(work))):
             yield Note("compute", {"rank": rank, "op": asdict(op), "seconds": seconds})
@@ -140,6 +140,12 @@ def _works(device: torch.device) -> Iterator[tuple[Compute, Callable[[], object]
         yield (
             Compute("attention", flops, dtype=name),
             partial(F.scaled_dot_product_attention, q, q, q),
+        )
+        inputs = [q.clone().requires_grad_() for _ in range(3)]
+        out = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2])
+        yield (
+            Compute("attention backward", 2.5 * flops, dtype=name),
+            partial(torch.autograd.grad, out, inputs, q, retain_graph=True),
         )
     x = torch.zeros(1 << (30 if cuda else 25), dtype=torch.uint8, device=device)
     y = torch.empty_like(x)

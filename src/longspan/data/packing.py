@@ -179,10 +179,15 @@ class Packer:
             self._count_window()
         window = bisect_right(self._first, n) - 1
         pieces = self._window(window)[n - self._first[window]]
-        return tuple(
-            Piece(int(self._documents[i]), int(self._starts[i]), int(self._lengths[i]))
-            for i in pieces
-        )
+        return tuple(map(self._piece, pieces))
+
+    def piece(self, n: int) -> Piece:
+        """Piece ``n`` of the stream: the same epochs, in the same order, before packing."""
+        epoch, nth = divmod(n, self.pieces)
+        return self._piece(self._permutation(epoch)[nth])
+
+    def _piece(self, i: int) -> Piece:
+        return Piece(int(self._documents[i]), int(self._starts[i]), int(self._lengths[i]))
 
     def epoch_packs(self, epoch: int) -> int:
         """How many packs an epoch has; it varies a little from one to the next."""

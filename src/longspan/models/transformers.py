@@ -7,7 +7,7 @@ honoured exactly is refused, never ignored.
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from longspan.attention.attend import attend, global_length
+from longspan.attention.attend import Inside, attend, global_length
 from longspan.attention.kept import Kept
+from longspan.attention.ring import GradsIn
 from longspan.comm.mesh import flat_group
 from longspan.errors import ModelError
 from longspan.layout import Order, positions
@@ -52,10 +53,12 @@ class _Sharding:
         self,
         mesh: DeviceMesh,
         order: Order,
-        inside: Literal["ring", "heads"],
+        inside: Inside,
+        grads_in: GradsIn,
         documents: tuple[int, ...],
     ) -> None:
         self.mesh, self.order, self.inside, self.documents = mesh, order, inside, documents
+        self.grads_in: GradsIn = grads_in
         self.windows: list[int | None] = []
 
 
@@ -64,15 +67,17 @@ def patch(
     *,
     mesh: DeviceMesh,
     order: Order | str = Order.ZIGZAG,
-    inside: Literal["ring", "heads"] = "ring",
+    inside: Inside = "ring",
+    grads_in: GradsIn = "float32",
 ) -> Model:
     """Make ``model`` take this rank's share of a sequence that is sharded over ``mesh``.
 
-    ``mesh``, ``order`` and ``inside`` are those of ``longspan.attend``.
+    ``mesh``, ``order``, ``inside`` and ``grads_in`` are those of ``longspan.attend``.
 
-    Call the model with ``input_ids (B, S_local)``, this rank's tokens in ``order``, and
-    ``cu_seqlens``, the *global* document boundaries (none: one document). Position ids are set
-    from them where they aren't given. It returns the logits of the local tokens.
+    Call the model with ``input_ids (B, S_local)``, this rank's tokens in ``order`` (by
+    ``longspan.positions``), and ``cu_seqlens``, the *global* document boundaries (none: one
+    document). Position ids are set from them where they aren't given. It returns the logits of the
+    local tokens.
 
     With ``targets (B, S_local)``, what each local token should be followed by (-100: nothing), it
     returns instead the *sum* of their cross-entropies as ``loss``, in float32, and never makes the
@@ -80,8 +85,10 @@ def patch(
     loss needs labels that are already shifted, over that count: ``labels``, ``shift_labels`` and
     ``num_items_in_batch``.
 
-    Sliding windows are honoured layer by layer. Returns the same model. Raises ModelError, here
-    or in forward, for what can't be honoured exactly: softcaps, sinks, attention dropout, masks,
+    A call may name another ``mesh`` and ``inside`` for itself, as where sequences are regrouped.
+
+    Sliding windows and attention sinks are honoured layer by layer. Returns the same model. Raises
+    ModelError, here or in forward, for what isn't honoured exactly: softcaps, dropout, masks,
     caches, losses of routers, rotary embeddings that depend on the batch, layers that mix tokens
     by other means.
     """
@@ -95,7 +102,8 @@ def patch(
     losses = ModelLoss(model)
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, losses.asked(_sharded_arguments(args, kwargs, mesh, order, inside))
+        here, way = kwargs.pop("mesh", mesh), kwargs.pop("inside", inside)
+        return args, losses.asked(_sharded_arguments(args, kwargs, here, order, way, grads_in))
 
     def after(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
         found, expected = kwargs[_NAME].windows, layer_windows(module.config)
@@ -145,8 +153,6 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if getattr(config, "attn_logit_softcapping", None):
         raise ModelError(f"{_name(model)} caps attention logits; set attn_logit_softcapping: null")
-    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
-        raise ModelError(f"{_name(model)} has attention sinks, which can't be honoured exactly")
     if getattr(config, "output_router_logits", False):
         raise ModelError(
             f"{_name(model)} balances its experts by a loss over the whole batch, which a shard "
@@ -178,7 +184,8 @@ def _sharded_arguments(
     kwargs: dict[str, Any],
     mesh: DeviceMesh,
     order: Order,
-    inside: Literal["ring", "heads"],
+    inside: Inside,
+    grads_in: GradsIn,
 ) -> dict[str, Any]:
     """The model's arguments, with positions and boundaries filled in and the rest checked."""
     group = flat_group(mesh)
@@ -204,7 +211,7 @@ def _sharded_arguments(
         documents: tuple[int, ...] = (0, global_length(tokens.shape[1], group, order))
     else:
         documents = tuple(int(end) for end in cu_seqlens)
-    sharding = _Sharding(mesh, order, inside, documents)
+    sharding = _Sharding(mesh, order, inside, grads_in, documents)
     if kwargs.get("position_ids") is None:
         own = _positions_in_documents(documents, group, order)
         kwargs["position_ids"] = own.to(tokens.device).expand(tokens.shape[0], -1)
@@ -214,7 +221,7 @@ def _sharded_arguments(
 def _positions_in_documents(
     documents: Sequence[int], group: dist.ProcessGroup, order: Order
 ) -> Tensor:
-    own = positions(documents[-1], group.rank(), group.size(), order)
+    own = positions(documents[-1], group.rank(), group.size(), order, documents)
     ends = torch.tensor(documents)
     return own - ends[torch.bucketize(own, ends, right=True) - 1]
 
@@ -229,6 +236,7 @@ def _attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     longspan: _Sharding | None = None,
     longspan_kept: Kept | None = None,
     **others: Any,
@@ -241,6 +249,8 @@ def _attention(
         raise ModelError(f"{_name(module)} attends under a mask of its own")
     if dropout:
         raise ModelError(f"{_name(module)} has attention dropout {dropout}: set it to 0.0")
+    if s_aux is None and getattr(module, "sinks", None) is not None:
+        raise ModelError(f"{_name(module)} has attention sinks but doesn't pass them on as s_aux")
     for name, value_given in others.items():
         if name not in _HARMLESS and value_given is not None and value_given is not False:
             raise ModelError(f"{_name(module)} asks for {name}, which can't be honoured exactly")
@@ -257,6 +267,8 @@ def _attention(
         scale=scaling,
         window=window,
         cu_seqlens=longspan.documents,
+        sinks=s_aux,
+        grads_in=longspan.grads_in,
         kept=longspan_kept,
     )
     return out.transpose(1, 2).contiguous(), None

@@ -1,1 +1,1 @@
-"""What decides: layer graphs, strategies, plans; prices and searches, runs nothing."""
+"""Decides: which strategy, schedule or grouping is cheapest on a described cluster."""

@@ -5,16 +5,16 @@ nothing but full and lower triangular squares. When blocks are computed, and wha
 is told by ``schedule.rounds``.
 """
 
-import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 from longspan.errors import LayoutError
-from longspan.layout import Order, Run, place_runs
+from longspan.layout import Order, Run, check_documents, place_runs
 
-__all__ = ["Block", "Ring", "blocks", "tokens"]
+__all__ = ["Block", "Ring", "blocks", "imbalance", "pairs", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,9 @@ class Ring:
     its output's gradient and row statistics, ``dq_bytes`` the query's gradient. ``node_ranks``:
     how many ranks, side by side, are in a node; 0: all. ``width``: how many ranks of the order
     hold a rank's tokens together (after a head exchange among them). ``stop``: only tokens before
-    this position take part; if causal, they attend as in the whole sequence.
+    this position take part; if causal, they attend as in the whole sequence. ``kv_documents``, in
+    cross attention: where the documents of the keys' own sequence start, and the end of the last;
+    a query's document sees the keys of the document with its number.
     """
 
     length: int
@@ -44,15 +46,12 @@ class Ring:
     width: int = 1
     window: int | None = None
     stop: int | None = None
+    kv_documents: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        ends = self.documents
-        if not ends or ends[0] != 0 or ends[-1] != self.length:
-            raise LayoutError(
-                f"cu_seqlens must start at 0 and end at the sequence's {self.length} tokens"
-            )
-        if any(end < start for start, end in itertools.pairwise(ends)):
-            raise LayoutError("cu_seqlens must not descend")
+        check_documents(self.documents, self.length)
+        if self.kv_documents is not None:
+            self._check_cross(self.kv_documents)
         if self.window is not None and self.window < 1:
             raise LayoutError(f"a window of {self.window} sees nothing: use 1 or more, or None")
         if self.window is not None and not self.causal:
@@ -61,6 +60,22 @@ class Ring:
             raise LayoutError(f"{self.world} ranks are no whole nodes of {self.node_ranks}")
         if 0 < (self.stop or 0) < self.length and not self.ascending:
             raise LayoutError("stripes of several ranks have no first tokens to stop after")
+
+    def _check_cross(self, ends: tuple[int, ...]) -> None:
+        if self.causal:
+            raise LayoutError(
+                "causal attention looks back in one sequence: queries and keys of different "
+                "lengths or documents (cross attention) need causal=False"
+            )
+        if len(ends) != len(self.documents):
+            raise LayoutError(
+                f"queries have {len(self.documents) - 1} documents and keys {len(ends) - 1}: "
+                "cu_seqlens and cu_seqlens_k must pair them"
+            )
+        if ends[0] != 0 or any(end < start for start, end in pairwise(ends)):
+            raise LayoutError("cu_seqlens_k must start at 0 and not descend")
+        if self.stop:
+            raise LayoutError("cross attention is stopped before its first token or not at all")
 
     @property
     def ascending(self) -> bool:
@@ -105,10 +120,10 @@ class _Piece:
 
 
 @lru_cache(maxsize=256)
-def _pieces(ring: Ring, rank: int) -> tuple[_Piece, ...]:
+def _pieces(ring: Ring, rank: int, keys: bool) -> tuple[_Piece, ...]:
     found = []
-    ends = ring.documents
-    for run in place_runs(ring.length, rank, ring.world, ring.width, ring.order):
+    ends = ring.kv_documents if keys and ring.kv_documents is not None else ring.documents
+    for run in place_runs(ends[-1], rank, ring.world, ring.width, ring.order, ends):
         done, total = 0, run.count
         if ring.stop is not None:
             total = min(total, -(-(ring.stop - run.start) // run.stride))
@@ -184,9 +199,9 @@ def _joined(found: Iterable[Block]) -> Iterator[Block]:
         yield last
 
 
-def _by_document(ring: Ring, rank: int) -> dict[int, list[Run]]:
+def _by_document(ring: Ring, rank: int, keys: bool) -> dict[int, list[Run]]:
     found: dict[int, list[Run]] = {}
-    for piece in _pieces(ring, rank):
+    for piece in _pieces(ring, rank, keys):
         found.setdefault(piece.document, []).append(piece.run)
     return found
 
@@ -195,11 +210,12 @@ def _by_document(ring: Ring, rank: int) -> dict[int, list[Run]]:
 def blocks(ring: Ring, q_rank: int, kv_rank: int) -> tuple[Block, ...]:
     """The blocks that the queries of one rank see of the keys of another; none if they see none."""
     found: list[Block] = []
-    theirs = _by_document(ring, kv_rank)
-    for document, own in _by_document(ring, q_rank).items():
+    theirs = _by_document(ring, kv_rank, True)
+    alike = q_rank == kv_rank and ring.ascending and ring.kv_documents is None
+    for document, own in _by_document(ring, q_rank, False).items():
         size = ring.documents[document + 1] - ring.documents[document]
         window = ring.window if ring.window and ring.window < size else None
-        if q_rank == kv_rank and window is None and ring.ascending:
+        if alike and window is None:
             # A rank's own part of a document is one triangle or square.
             start, stop = own[0].local, own[-1].local + own[-1].count
             found.append(Block(start, stop, start, stop, ring.causal))
@@ -211,5 +227,15 @@ def blocks(ring: Ring, q_rank: int, kv_rank: int) -> tuple[Block, ...]:
 
 
 def tokens(ring: Ring, rank: int) -> int:
-    """How many tokens of a rank take part: its first ones."""
-    return sum(piece.run.count for piece in _pieces(ring, rank))
+    """How many tokens of a rank take part, of queries in cross attention: its first ones."""
+    return sum(piece.run.count for piece in _pieces(ring, rank, keys=False))
+
+
+def pairs(ring: Ring, rank: int) -> int:
+    """Query-key pairs that a rank's queries see on all ranks: its work in attention."""
+    return sum(block.pairs for other in range(ring.world) for block in blocks(ring, rank, other))
+
+
+def imbalance(work: Sequence[int]) -> float:
+    """The busiest rank's work over the mean; 1 is even."""
+    return max(work) * len(work) / max(1, sum(work))

@@ -59,13 +59,37 @@ class AttentionKernels:
                 "at least 1, and the heads a multiple of the KV heads"
             )
 
-    def ring(self, length: int, world: int, order: Order | str) -> Ring:
-        """The causal ring over one document, whose gradients travel in float32."""
+    def ring(
+        self,
+        length: int,
+        world: int,
+        order: Order | str,
+        *,
+        documents: Sequence[int] | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        node_ranks: int = 0,
+        width: int = 1,
+    ) -> Ring:
+        """The ring, by default causal over one document; gradients travel in float32 at least."""
         if length < 1 or world < 1:
             raise ConfigError(f"{length} tokens on {world} ranks: both must be at least 1")
-        numbers = 2 * self.kv_heads * self.head_dim
-        ends, kv_bytes = (0, length), numbers * self.dtype_bytes
-        return Ring(length, world, Order.of(order), True, ends, kv_bytes, numbers * 4)
+        kv, q = 2 * self.kv_heads * self.head_dim, self.heads * self.head_dim
+        wide = max(4, self.dtype_bytes)
+        return Ring(
+            length=length,
+            world=world,
+            order=Order.of(order),
+            causal=causal,
+            documents=(0, length) if documents is None else tuple(documents),
+            kv_bytes=kv * self.dtype_bytes,
+            grad_bytes=kv * wide,
+            q_bytes=2 * (q * self.dtype_bytes + self.heads * wide),
+            dq_bytes=q * wide,
+            node_ranks=node_ranks,
+            width=width,
+            window=window,
+        )
 
     def begin(self, backward: bool) -> Sequence[Named]:
         """Nothing."""
@@ -73,7 +97,9 @@ class AttentionKernels:
 
     def attend(self, turn: Round, first: bool, backward: bool) -> Sequence[Named]:
         """A kernel and a pass for each block."""
-        name, factor = ("backward", _BACKWARD) if backward else ("forward", 1.0)
+        name, kind, factor = "forward", "attention", 1.0
+        if backward:
+            name, kind, factor = "backward", "attention backward", _BACKWARD
         found: list[Named] = []
         for block in turn.blocks:
             flops = factor * 4 * self.heads * self.head_dim * block.pairs
@@ -81,7 +107,7 @@ class AttentionKernels:
             if backward:
                 numbers += 2 * self.kv_heads * (block.kv_stop - block.kv_start)
             size = numbers * self.head_dim * (self.dtype_bytes + 8)
-            found.append((name, Compute("attention", flops, dtype=self.dtype)))
+            found.append((name, Compute(kind, flops, dtype=self.dtype)))
             found.append(("add up", Compute("elementwise", 0, size, self.dtype)))
         return found
 

@@ -4,27 +4,46 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
-from longspan.data.packing import PackedSequence, Packer, materialise, split_documents
+from torch.distributed.device_mesh import DeviceMesh
+
+from longspan.data.packing import PackedSequence, Packer, Piece, materialise, split_documents
 from longspan.data.store import Store, prepare
 from longspan.data.tokens import Tokenizer, load_tokenizer
 from longspan.errors import ConfigError
 from longspan.train.config import Config
 
-__all__ = ["Batches", "StepBatch"]
+__all__ = ["Batches", "Place", "StepBatch"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a micro-batch runs: the ranks of ``mesh`` share its sequence and attend ``inside``.
+
+    An ``idle`` rank keeps step with the others on a sequence that counts for nothing.
+    """
+
+    mesh: DeviceMesh
+    inside: Literal["ring", "heads"]
+    idle: bool = False
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A step's sequences on one data-parallel rank; the counts are over all of them.
+    """A step's sequences on one rank, a micro-batch each; the counts are over all ranks.
 
-    Every token has a target, so ``tokens`` is what the loss is divided by.
+    Every token has a target, so ``tokens`` is what the loss is divided by. ``places``: where each
+    sequence runs; none: all on the run's own mesh. ``reduce_once``: gradients are added up on each
+    rank and reduced with the last micro-batch's, not after each.
     """
 
     sequences: tuple[PackedSequence, ...]
     tokens: int
     documents: int
     cursor: int
+    places: tuple[Place, ...] | None = None
+    reduce_once: bool = True
 
 
 class Batches:
@@ -47,6 +66,11 @@ class Batches:
         """Most tokens that a sequence can have."""
         return min(self.training.max_length, self.training.tokens)
 
+    @property
+    def longest_piece(self) -> int:
+        """Most tokens of a document, as it is trained on."""
+        return min(self.training.max_length, int(self.store.lengths.max()))
+
     def check(self, dp: int) -> None:
         """Raise ConfigError unless an epoch has a sequence for each data-parallel rank."""
         sequences = self.training.epoch_packs(0)
@@ -59,6 +83,14 @@ class Batches:
     def step(self, cursor: int, dp_rank: int, dp: int) -> StepBatch:
         """The sequences from ``cursor`` on, dealt to the data-parallel ranks in turn."""
         return self._take(self.training, cursor, self._config.train.accumulate, dp_rank, dp)
+
+    def documents_of(self, cursor: int, count: int) -> tuple[Piece, ...]:
+        """``count`` documents from ``cursor`` on, for a step whose sequences a plan groups."""
+        return tuple(self.training.piece(cursor + n) for n in range(count))
+
+    def lengths_of(self, cursor: int, count: int) -> tuple[int, ...]:
+        """Tokens of each of these documents."""
+        return tuple(piece.length for piece in self.documents_of(cursor, count))
 
     def most_mixed(self, dp: int, steps: int = 256) -> int:
         """Where, among the first steps, the one with the most documents starts."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from longspan.cluster.memory import Checkpointing
 from longspan.errors import ConfigError
@@ -58,8 +58,32 @@ class Parallel(_Section):
     """How sequences are spread; what isn't sequence parallel is data parallel."""
 
     sp: int | None = Field(None, ge=1, description="Ranks that share a sequence; none: all.")
-    order: Literal["contiguous", "zigzag", "striped"] = Field(
-        "zigzag", description="Which tokens of a sequence a rank holds."
+    order: Literal["contiguous", "zigzag", "striped", "balanced"] = Field(
+        "zigzag",
+        description="Which tokens of a sequence a rank holds; balanced: by its documents.",
+    )
+    inside: Literal["ring", "heads"] = Field(
+        "ring", description="How they attend: turn a ring, or exchange tokens for heads."
+    )
+    grads_in: Literal["float32", "compute"] = Field(
+        "float32",
+        description="What a ring's gradients travel in; compute: train.dtype, rounded at each hop.",
+    )
+    mode: Literal["fixed", "static", "uniform", "flexible"] = Field(
+        "fixed",
+        description="fixed: packed sequences, sp ranks each. Else documents are grouped by a plan: "
+        "as many ranks to each group in the whole run (static), in a batch (uniform), or to each "
+        "what it needs (flexible).",
+    )
+    cluster: str | None = Field(
+        None, description="What is planned for: a YAML file that longspan probe wrote, or a preset."
+    )
+    sharding: Literal["auto", "world", "node", "none"] = Field(
+        "auto",
+        description="Over which ranks parameters are spread; auto: all, or what a plan finds best.",
+    )
+    memory_bytes: ByteSize | None = Field(
+        None, gt=0, description="What a plan may use of each device; none: all of it."
     )
 
 
@@ -86,6 +110,10 @@ class Train(_Section):
 
     steps: int = Field(description="Optimizer steps.", ge=1)
     accumulate: int = Field(1, ge=1, description="Sequences a data-parallel rank sums in a step.")
+    global_batch: int | None = Field(
+        None, ge=1, description="Documents in a step, where parallel.mode isn't fixed."
+    )
+    plan_ahead: int = Field(2, ge=0, description="Steps that are planned before they're due.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="What is computed in; weights and sums are kept in float32."
     )
@@ -134,9 +162,13 @@ class Config(_Section):
 # What may change when a run is continued; all else would make it another run.
 _FREE = {
     "data.cache",
+    "parallel.cluster",
+    "parallel.memory_bytes",
+    "parallel.sharding",
     "runs",
     "train.attention_kept",
     "train.checkpointing",
+    "train.plan_ahead",
     "train.steps",
     "train.timeout_s",
     "train.validate_every",

@@ -4,6 +4,7 @@ The reference is the unpatched model on rank 0: whole weights, stock attention, 
 itself, so that it shares nothing with the parallel path.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from longspan.data.packing import PackedSequence
 from longspan.errors import ModelError
-from longspan.train.batches import Batches
+from longspan.train.batches import Batches, StepBatch
 from longspan.train.config import Config
 from longspan.train.parallelize import build_model
 from longspan.train.step import StepRunner, evaluating, summed
@@ -38,14 +40,18 @@ class Exactness:
     documents: int
 
 
-def exactness(runner: StepRunner, batches: Batches, config: Config, dp: int) -> Exactness | None:
-    """Compare loss and every gradient of a batch of many documents; figures on rank 0 only.
+def exactness(
+    runner: StepRunner,
+    batches: Batches,
+    config: Config,
+    own: StepBatch,
+    sequences: Sequence[PackedSequence],
+) -> Exactness | None:
+    """Compare loss and every gradient of a step; figures on rank 0 only.
 
-    Raises ModelError on rank 0 if they differ by more than rounding.
+    ``own`` is this rank's part of the step, ``sequences`` are those of all. Raises ModelError on
+    rank 0 if they differ by more than rounding.
     """
-    cursor = batches.most_mixed(dp)
-    shares = [batches.step(cursor, rank, dp) for rank in range(dp)]
-    own = shares[dist.get_rank() // runner.sp.size()]
     with evaluating(runner.model):
         (loss,) = summed(runner.gradients(own))
     gradients = {name: _whole(p.grad) for name, p in runner.model.named_parameters()}
@@ -55,7 +61,6 @@ def exactness(runner: StepRunner, batches: Batches, config: Config, dp: int) -> 
         return None
     reference = build_model(config, batches.tokenizer.vocab_size, runner.device)
     reference.load_state_dict(weights)
-    sequences = [sequence for share in shares for sequence in share.sequences]
     expected = torch.zeros(())
     for sequence in sequences:
         for start, stop in batches.documents(sequence):

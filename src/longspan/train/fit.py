@@ -12,7 +12,7 @@ from longspan.errors import MemoryLimitError
 from longspan.models.loss import CHUNK_TOKENS
 from longspan.train.config import Config
 
-__all__ = ["check_memory", "device_memory_bytes"]
+__all__ = ["check_memory", "device_memory_bytes", "transformer_sizes"]
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -42,7 +42,7 @@ def check_memory(
 ) -> None:
     """Raise MemoryLimitError if a sequence of ``tokens`` can't be trained on ``world`` ranks."""
     sp = config.parallel.sp or world
-    sizes = _sizes(config, model)
+    sizes = transformer_sizes(config, model)
     how: dict[str, Any] = {
         "shards": world,
         "checkpointing": config.train.checkpointing,
@@ -63,7 +63,8 @@ def check_memory(
     )
 
 
-def _sizes(config: Config, model: PreTrainedConfig) -> Transformer:
+def transformer_sizes(config: Config, model: PreTrainedConfig) -> Transformer:
+    """The sizes of a model that its memory and its time depend on."""
     heads = model.num_attention_heads
     return Transformer(
         layers=model.num_hidden_layers,

@@ -1,5 +1,6 @@
 """Finds what would go wrong in a run before any process is started."""
 
+from longspan.cluster.spec import read_cluster
 from longspan.errors import ConfigError
 from longspan.models.transformers import check_model
 from longspan.train.batches import Batches
@@ -22,6 +23,7 @@ def inspect(config: Config, world: int, local_world: int) -> None:
         raise ConfigError(
             f"parallel.sp is {sp}, which doesn't divide {world} processes: change one of them"
         )
+    _check_mode(config, world)
     batches = Batches(config)
     batches.check(world // sp)
     model = build_model(config, batches.tokenizer.vocab_size, "meta")
@@ -34,6 +36,34 @@ def claim_run(config: Config) -> None:
     """Keep the config in the run's folder; ConfigError if another run lives there."""
     _check_kept(config)
     save_config(config, config.run / "config.yaml")
+
+
+def _check_mode(config: Config, world: int) -> None:
+    """Settings that go together: what a plan needs, and what only it uses."""
+    ways, train = config.parallel, config.train
+    if ways.mode == "fixed":
+        if train.global_batch is not None:
+            raise ConfigError(
+                "train.global_batch is for planned steps: set parallel.mode to static, uniform or "
+                "flexible, or use train.accumulate"
+            )
+        return
+    if ways.cluster is None:
+        raise ConfigError(
+            f"parallel.mode {ways.mode} plans for a cluster: run longspan probe, and set "
+            "parallel.cluster to the file it writes"
+        )
+    if (found := read_cluster(ways.cluster).ranks) != world:
+        raise ConfigError(
+            f"parallel.cluster {ways.cluster} has {found} devices, but there are {world} "
+            "processes: probe with as many"
+        )
+    if train.global_batch is None:
+        raise ConfigError(f"parallel.mode {ways.mode} needs train.global_batch, documents a step")
+    if train.accumulate != 1:
+        raise ConfigError(f"train.accumulate is the plan's to choose in mode {ways.mode}: leave it")
+    if ways.sp is not None:
+        raise ConfigError(f"parallel.sp is the plan's to choose in mode {ways.mode}: leave it out")
 
 
 def _check_kept(config: Config) -> None:

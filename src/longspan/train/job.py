@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,11 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from longspan.comm.mesh import make_mesh
 from longspan.data.lengths import Lengths
 from longspan.models.leak import leak_probe
-from longspan.train.batches import Batches
+from longspan.planner.prices import Sharding
+from longspan.train.ahead import Planned
+from longspan.train.batches import Batches, StepBatch
 from longspan.train.config import Config
-from longspan.train.exactness import exactness
+from longspan.train.exactness import Exactness, exactness
 from longspan.train.optimize import make_optimizer
 from longspan.train.parallelize import build_model, parallelize
+from longspan.train.planned import PlannedBatches
+from longspan.train.planning import Planning, shards_of
 from longspan.train.record import Recorder
 from longspan.train.step import StepRunner
 
@@ -32,6 +37,13 @@ class Job:
     runner: StepRunner
     optimizer: torch.optim.Optimizer
     recorder: Recorder
+    planned: PlannedBatches | None = None
+
+    def step(self, cursor: int) -> tuple[StepBatch, Planned | None]:
+        """This rank's part of the step that starts at ``cursor``, and the plan if it has one."""
+        if self.planned:
+            return self.planned.step(cursor)
+        return self.batches.step(cursor, self.dp_rank, self.dp), None
 
     @property
     def dp(self) -> int:
@@ -47,22 +59,31 @@ class Job:
 def make_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
     """Build everything on this rank; the process group must stand."""
     world = dist.get_world_size()
-    mesh = make_mesh(world, config.parallel.sp or world, device.type)
+    ways = config.parallel
+    mesh = make_mesh(world, ways.sp or world, device.type)
     batches = Batches(config)
     batches.check(mesh["dp"].size())
     model = build_model(config, batches.tokenizer.vocab_size, device)
     parameters = model.num_parameters()
-    parallelize(model, config, mesh)
+    planning = Planning(config, batches, model.config) if ways.mode != "fixed" else None
+    sharding = planning.sharding() if planning else _unplanned(ways.sharding)
+    parallelize(model, config, mesh, shards_of(sharding, config))
+    runner = StepRunner(model, mesh, ways.order)
     torch.manual_seed(config.train.seed + 1 + dist.get_rank())
     _describe(config, mesh, batches, parameters, recorder)
     return Job(
         config,
         mesh,
         batches,
-        StepRunner(model, mesh, config.parallel.order),
+        runner,
         make_optimizer(model, config.optimizer),
         recorder,
+        planning.start(runner, sharding, recorder) if planning else None,
     )
+
+
+def _unplanned(sharding: Sharding | Literal["auto"]) -> Sharding:
+    return "world" if sharding == "auto" else sharding
 
 
 def prove(job: Job) -> None:
@@ -72,12 +93,26 @@ def prove(job: Job) -> None:
         probe = leak_probe(job.runner.model, mesh=job.mesh["sp"], order=job.runner.order)
         recorder.note("leak_probe", asdict(probe) | {"leaks": 0})
         recorder.say(f"leak probe: 0 leaks in {probe.outputs} outputs")
-    if checks.exactness and (found := exactness(job.runner, job.batches, job.config, job.dp)):
+    if checks.exactness and (found := _exactness(job)):
         recorder.note("exactness", asdict(found))
         recorder.say(
             f"exactness on {found.tokens} tokens: loss {found.loss:.6f}, in one process "
             f"{found.loss_one_process:.6f}; gradients differ by {found.gradient_difference:.1e}"
         )
+
+
+def _exactness(job: Job) -> Exactness | None:
+    """On the first batch of a plan, or on one of many documents."""
+    batches = job.batches
+    if job.planned:
+        own, planned = job.planned.step(0)
+        sequences = job.planned.sequences(0, planned.plan)
+    else:
+        cursor = batches.most_mixed(job.dp)
+        shares = [batches.step(cursor, rank, job.dp) for rank in range(job.dp)]
+        own = shares[job.dp_rank]
+        sequences = tuple(sequence for share in shares for sequence in share.sequences)
+    return exactness(job.runner, batches, job.config, own, sequences)
 
 
 def _describe(

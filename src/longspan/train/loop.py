@@ -6,7 +6,7 @@ from dataclasses import asdict
 import torch
 
 from longspan.train.checkpoint import Progress, load_newest, save
-from longspan.train.figures import ring_figures
+from longspan.train.figures import plan_figures, ring_figures
 from longspan.train.job import Job, prove
 from longspan.train.optimize import lr_at, set_lr
 from longspan.train.step import summed
@@ -19,7 +19,8 @@ def train(job: Job, wish: StopWish) -> None:
     """Train from the newest checkpoint, or from the start, until done or told to stop."""
     steps, recorder = job.config.train.steps, job.recorder
     prove(job)
-    recorder.note("batch", _picture(job))
+    if not job.planned:
+        recorder.note("batch", _picture(job))
     progress = _resume(job)
     stopped = False
     while progress.step < steps and not stopped:
@@ -55,7 +56,9 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
     """One optimizer step; also whether any rank was told to stop."""
     config, recorder, runner = job.config, job.recorder, job.runner
     start = time.perf_counter()
-    batch = job.batches.step(progress.cursor, job.dp_rank, job.dp)
+    batch, planned = job.step(progress.cursor)
+    if planned:
+        recorder.note("plan", {"step": progress.step + 1} | asdict(planned.plan))
     with recorder.span("forward and backward"):
         own_loss = runner.gradients(batch)
     with recorder.span("optimizer"):
@@ -76,10 +79,12 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
         "step_s": seconds,
         "tokens_per_s": batch.tokens / seconds,
     }
-    if recorder.leader:
+    if planned:
+        figures |= plan_figures(planned)
+    elif recorder.leader:
         figures |= ring_figures(
             *(batch.sequences, runner.model.config, getattr(torch, config.train.dtype)),
-            *(runner.sp.size(), runner.order),
+            *(runner.sp.size(), config.parallel),
         )
     recorder.step(progress.step + 1, figures)
     return Progress(progress.step + 1, batch.cursor), told > 0

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from longspan.comm.mesh import sharding_mesh
 from longspan.comm.rings import use_rings
 from longspan.errors import ConfigError
 from longspan.models.checkpointing import checkpoint_layers
@@ -62,21 +63,27 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str) -> 
     return model
 
 
-def parallelize(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> PreTrainedModel:
-    """Patch the attention onto the mesh's ``sp`` and shard the parameters over all ranks (FSDP2).
+def parallelize(
+    model: PreTrainedModel, config: Config, mesh: DeviceMesh, shards: int | None = None
+) -> PreTrainedModel:
+    """Patch the attention onto the mesh's ``sp`` and shard the parameters (FSDP2).
+
+    ``shards``: over how many ranks, side by side; each such group has the whole model (HSDP). None:
+    over all ranks; 1: every rank has the whole model.
 
     Layers are recomputed in backward if the config says so.
 
     Gradients are *summed* over ranks: the loss is divided by the global count of tokens, so they
     are right as they are.
     """
-    patch(model, mesh=mesh["sp"], order=config.parallel.order)
+    ways = config.parallel
+    patch(model, mesh=mesh["sp"], order=ways.order, inside=ways.inside, grads_in=ways.grads_in)
     match config.train.checkpointing:
         case "full":
             checkpoint_layers(model)
         case "selective":
             checkpoint_layers(model, attention_kept=config.train.attention_kept)
-    everyone = init_device_mesh(mesh.device_type, (dist.get_world_size(),))
+    spread = sharding_mesh(shards or dist.get_world_size(), mesh.device_type)
     precision: dict[str, Any] = {}
     if config.train.dtype == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -84,8 +91,8 @@ def parallelize(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Pre
     blocks = set(model._no_split_modules or ())
     for module in list(model.modules()):
         if type(module).__name__ in blocks:
-            fully_shard(module, mesh=everyone, **precision)
-    fully_shard(model, mesh=everyone, **precision)
+            fully_shard(module, mesh=spread, **precision)
+    fully_shard(model, mesh=spread, **precision)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -10,9 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from longspan.comm.mesh import flat_group
 from longspan.data.packing import PackedSequence
 from longspan.layout import Order, positions
-from longspan.train.batches import StepBatch
+from longspan.train.batches import Place, StepBatch
 
 __all__ = ["StepRunner", "evaluating", "summed"]
 
@@ -28,25 +29,30 @@ class StepRunner:
         self.sp = mesh["sp"].get_group()
         self.order = Order.of(order)
 
-    def loss_sum(self, sequence: PackedSequence) -> Tensor:
+    def loss_sum(self, sequence: PackedSequence, place: Place | None = None) -> Tensor:
         """The summed cross-entropy of this rank's tokens of one sequence, in float32."""
-        length = len(sequence.tokens)
-        own = positions(length, self.sp.rank(), self.sp.size(), self.order)
+        ends = sequence.cu_seqlens.tolist()
+        group = flat_group(place.mesh) if place else self.sp
+        own = positions(ends[-1], group.rank(), group.size(), self.order, ends)
         tokens = torch.from_numpy(sequence.tokens)[own].to(self.device)
         targets = torch.from_numpy(sequence.targets)[own].to(self.device)
         loss: Tensor = self.model(
             input_ids=tokens[None],
             targets=targets[None],
-            cu_seqlens=sequence.cu_seqlens.tolist(),
+            cu_seqlens=ends,
+            **({"mesh": place.mesh, "inside": place.inside} if place else {}),
         ).loss
-        return loss
+        # An idle rank's backward runs as well: its peers wait for its part of every layer.
+        return loss * 0.0 if place and place.idle else loss
 
     def gradients(self, batch: StepBatch) -> Tensor:
         """Add the batch's gradients to the parameters; returns this rank's part of the loss."""
         total = torch.zeros((), device=self.device)
-        for number, sequence in enumerate(batch.sequences, 1):
-            self._reduce_gradients(number == len(batch.sequences))
-            loss = self.loss_sum(sequence) / batch.tokens
+        places = batch.places or (None,) * len(batch.sequences)
+        work = zip(batch.sequences, places, strict=True)
+        for number, (sequence, place) in enumerate(work, 1):
+            self.reduce_gradients(number == len(batch.sequences) or not batch.reduce_once)
+            loss = self.loss_sum(sequence, place) / batch.tokens
             loss.backward()
             total += loss.detach()
         return total
@@ -60,7 +66,8 @@ class StepRunner:
                 total += self.loss_sum(sequence)
         return summed(total / batch.tokens)[0]
 
-    def _reduce_gradients(self, now: bool) -> None:
+    def reduce_gradients(self, now: bool) -> None:
+        """Whether the next backward pass reduces gradients over the ranks, or only adds them up."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(now)
 

@@ -63,7 +63,10 @@ def _run(config: Config) -> None:
             claim_run(config)
         device = connect(config.train.timeout_s)
         with Recorder(config.run, rank == 0, config.train.steps) as recorder:
-            train(make_job(config, device, recorder), wish)
+            job = make_job(config, device, recorder)
+            train(job, wish)
+            if job.planned:
+                job.planned.close()
         dist.destroy_process_group()
 
 

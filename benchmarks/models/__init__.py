@@ -1,0 +1,1 @@
+"""Models to plan, in a few lines each: what the papers measured."""

@@ -1,0 +1,144 @@
+"""Sets planning up: what a run is planned for, how parameters are spread, how fast the model is."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PreTrainedConfig
+
+from longspan.cluster.spec import read_cluster
+from longspan.comm.agree import leaders_words
+from longspan.comm.groups import Groups
+from longspan.errors import ConfigError, LongspanError, PlanError
+from longspan.models.windows import layer_windows
+from longspan.plan import BatchPlan
+from longspan.planner.batches import plan_batch
+from longspan.planner.prices import Sharding
+from longspan.planner.workload import Rates, Workload
+from longspan.train.batches import Batches, Place
+from longspan.train.config import Config
+from longspan.train.fit import transformer_sizes
+from longspan.train.planned import PlannedBatches
+from longspan.train.rates import measure_rates
+from longspan.train.record import Recorder
+from longspan.train.step import StepRunner
+
+__all__ = ["Planning", "shards_of"]
+
+
+class Planning:
+    """What a run's batches are planned with."""
+
+    def __init__(self, config: Config, batches: Batches, model: PreTrainedConfig) -> None:
+        ways, train = config.parallel, config.train
+        assert ways.cluster and train.global_batch and ways.mode != "fixed", "inspect() has checked"
+        self._config, self._batches, self._size = config, batches, train.global_batch
+        windows = set(layer_windows(model))
+        self._cluster = read_cluster(ways.cluster)
+        self._work: dict[str, Any] = {
+            "cluster": self._cluster,
+            "model": transformer_sizes(config, model),
+            "memory_limit": ways.memory_bytes,
+            "checkpointing": train.checkpointing,
+            "attention_kept": train.attention_kept,
+            "window": windows.pop() if len(windows) == 1 else None,
+        }
+        self._plan: Callable[..., BatchPlan] = partial(
+            plan_batch, **self._work, mode=ways.mode, longest=batches.longest_piece
+        )
+
+    def sharding(self) -> Sharding:
+        """What the config says, or what is best for the first batch; the same on all ranks.
+
+        It is one for the whole run, as parameters aren't moved between batches. Raises PlanError,
+        on every rank, if that batch can't be planned.
+        """
+        if (wanted := self._config.parallel.sharding) != "auto":
+            return wanted
+        best, wrong = "", ""
+        if dist.get_rank() == 0:
+            try:
+                best = self._plan(self._batches.lengths_of(0, self._size)).sharding
+            except LongspanError as error:
+                wrong = str(error)
+        if wrong := leaders_words(wrong):
+            raise PlanError(wrong)
+        return leaders_words(best)  # type: ignore[return-value]
+
+    def start(self, runner: StepRunner, sharding: Sharding, recorder: Recorder) -> PlannedBatches:
+        """Measure how fast the model is, if a run before hasn't, and begin to plan."""
+        train = self._config.train
+        groups = Groups(runner.device.type, timeout_s=train.timeout_s)
+        path = self._config.run / "rates.json"
+        key = hashlib.sha256(f"{self._work} {sharding}".encode()).hexdigest()
+        rates = _kept(path, key)
+        if rates is None:
+            rates = self._measured(runner, groups, sharding)
+            if recorder.leader:
+                values = {kind: asdict(rate) for kind, rate in rates.items()}
+                path.write_text(json.dumps({"of": key, "rates": values}), encoding="utf-8")
+                recorder.note("rates", values)
+        return PlannedBatches(
+            self._batches,
+            groups,
+            partial(self._plan, sharding=sharding, rates=rates),
+            global_batch=self._size,
+            ahead=train.plan_ahead,
+            timeout_s=train.timeout_s,
+        )
+
+    def _measured(self, runner: StepRunner, groups: Groups, sharding: Sharding) -> dict[str, Rates]:
+        training = self._batches.training
+        prices = Workload(**self._work).prices(sharding, reduce_once=False)
+        most = min(pool.prices[0].most_tokens for pool in prices.pools if pool.prices[0].ranks == 1)
+        # Gradients are whole while it's measured, so not all of the memory is used.
+        tokens = min(most * 3 // 4, 2 * self._config.data.max_length)
+        alone = Place(groups.alone, "ring")
+        usual = training.tokens // training.pieces
+        rates = measure_rates(runner, alone, self._cluster, tokens, usual)
+        # What was measured has gathered parameters, too, which has a price of its own.
+        gather_s = 0.0 if prices.overlap else prices.gather_s
+        return {
+            kind: replace(rate, micro_batch_s=max(0.0, rate.micro_batch_s - gather_s))
+            for kind, rate in rates.items()
+        }
+
+
+def _kept(path: Path, key: str) -> dict[str, Rates] | None:
+    """What an earlier start of the run has measured, so that it goes on with the same plans."""
+    words = ""
+    if dist.get_rank() == 0 and path.is_file():
+        words = path.read_text(encoding="utf-8")
+    try:
+        kept = json.loads(leaders_words(words))
+        if kept["of"] == key:
+            return {kind: Rates(**values) for kind, values in kept["rates"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def shards_of(sharding: str, config: Config) -> int:
+    """Over how many ranks, side by side, parameters are spread.
+
+    Raises ConfigError for nodes that aren't alike.
+    """
+    if sharding == "none":
+        return 1
+    if sharding != "node":
+        return dist.get_world_size()
+    if config.parallel.cluster is None:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    sizes = {sum(node.devices.values()) for node in read_cluster(config.parallel.cluster).nodes}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"parallel.sharding node: the nodes of {config.parallel.cluster} have "
+            f"{' or '.join(map(str, sorted(sizes)))} devices: use world or none"
+        )
+    return sizes.pop()

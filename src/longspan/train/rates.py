@@ -1,0 +1,76 @@
+"""How fast the model itself is on these devices: a probe knows matrix products, not the model.
+
+Three forward and backward passes tell apart what a micro-batch costs, what a token adds and what a
+query-key pair adds: some documents of usual length, twice as many, and one document as long.
+"""
+
+import time
+from statistics import median
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from longspan.cluster.spec import Cluster
+from longspan.data.packing import PackedSequence
+from longspan.planner.workload import Rates
+from longspan.train.batches import Place
+from longspan.train.step import StepRunner
+
+__all__ = ["measure_rates"]
+
+_REPEATS = 3
+
+
+def measure_rates(
+    runner: StepRunner, place: Place, cluster: Cluster, tokens: int, usual: int
+) -> dict[str, Rates]:
+    """The median rank's rates, by kind of device, while all ranks do the same by themselves.
+
+    ``place`` is this rank alone; it works on up to ``tokens`` tokens, in documents of ``usual``
+    ones. The gathering of parameters is in what a micro-batch costs. All ranks must call it;
+    gradients are forgotten.
+    """
+    usual = max(1, min(usual, tokens // 4))
+    count = max(2, tokens // usual // 2 * 2)
+    shapes = [[usual] * (count // 2), [usual] * count, [usual * count]]
+    half, many, one = (_seconds(runner, place, shape) for shape in shapes)
+    # FSDP2 has added the gradients up out of reach; to be forgotten they must be reduced first.
+    runner.reduce_gradients(True)
+    _pass(runner, place, [1])
+    runner.model.zero_grad()
+    held = [sum(shape) for shape in shapes]
+    pairs = [sum(n * (n + 1) / 2 for n in shape) for shape in shapes]
+    pair_s = max(0.0, (one - many) / (pairs[2] - pairs[1]))
+    token_s = (many - half - pair_s * (pairs[1] - pairs[0])) / (held[1] - held[0])
+    # Noise must not make tokens free.
+    token_s = max(token_s, 0.1 * many / held[1])
+    micro_batch_s = max(0.0, many - token_s * held[1] - pair_s * pairs[1])
+    own = torch.tensor([micro_batch_s, token_s, pair_s], dtype=torch.float64, device=runner.device)
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, own)
+    found: dict[str, Rates] = {}
+    for kind in cluster.devices:
+        alike = [row.tolist() for row, k in zip(rows, cluster.kinds, strict=True) if k == kind]
+        if alike:
+            found[kind] = Rates(*(median(column) for column in zip(*alike, strict=True)))
+    return found
+
+
+def _seconds(runner: StepRunner, place: Place, lengths: list[int]) -> float:
+    """The median of some passes over documents of these lengths, after one that doesn't count."""
+    runner.reduce_gradients(False)
+    return median([_pass(runner, place, lengths) for _ in range(_REPEATS + 1)][1:])
+
+
+def _pass(runner: StepRunner, place: Place, lengths: list[int]) -> float:
+    """Seconds of forward and backward on this rank, started together with the others."""
+    ends = np.cumsum([0, *lengths], dtype=np.int64)
+    tokens = np.arange(ends[-1]) % runner.model.config.vocab_size
+    sequence = PackedSequence(tokens, tokens, ends)
+    dist.barrier()
+    start = time.perf_counter()
+    runner.loss_sum(sequence, place).backward()
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

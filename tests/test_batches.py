@@ -1,0 +1,246 @@
+"""Batches onto groups: optimal where that can be told, within memory, and exact about it."""
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+
+from longspan.cluster.cost import demand
+from longspan.cluster.fabric import Link
+from longspan.cluster.memory import Transformer
+from longspan.cluster.spec import Cluster, Device, cluster_from, uniform
+from longspan.errors import ConfigError, MemoryLimitError
+from longspan.plan import BatchPlan
+from longspan.planner.batches import plan_batch, plan_priced
+from longspan.planner.prices import Prices
+from longspan.planner.published import PUBLISHED, published_prices
+from longspan.planner.wires import Wires
+from longspan.planner.workload import Workload
+from longspan.schedule.ops import Comm
+
+SMALL = Transformer(4, 256, 8, 4, 32, 512, 1000)
+
+
+def slow_cluster(nodes: int = 2, devices: int = 2, memory: str = "1GiB") -> Cluster:
+    device = Device(
+        memory_bytes=memory,
+        bytes_per_s=4e9,
+        measured={"matmul": {"float32": 2e10}, "attention": {"float32": 1e10}},
+        overhead_s=5e-6,
+    )
+    near, far = Link(latency_s=5e-5, bytes_per_s=1e9), Link(latency_s=2e-4, bytes_per_s=25e6)
+    return uniform(device, devices=devices, nodes=nodes, link=near, network=far)
+
+
+def optimum(prices: Prices, lengths: list[int]) -> float:
+    """The least seconds of any partition into micro-batches, groups and sizes; one node."""
+    (pool,) = prices.pools
+    tokens = np.array(lengths)
+    pairs = prices.pairs_of(tokens)
+    world, whole = prices.world, (1 << len(lengths)) - 1
+
+    @lru_cache(None)
+    def group(subset: int, ranks: int) -> float:
+        held = [i for i in range(len(lengths)) if subset >> i & 1]
+        price = pool.prices[ranks - 1]
+        if sum(lengths[i] for i in held) > price.most_tokens:
+            return np.inf
+        return price.seconds(int(tokens[held].sum()), float(pairs[held].sum()))
+
+    def parts(subset: int):  # type: ignore[no-untyped-def]
+        first = subset & -subset
+        rest = subset ^ first
+        part = rest
+        while True:
+            yield part | first
+            if not part:
+                return
+            part = (part - 1) & rest
+
+    @lru_cache(None)
+    def shelf(subset: int, ranks: int) -> float:
+        if not subset:
+            return 0.0
+        return min(
+            (
+                max(group(part, used), shelf(subset ^ part, ranks - used))
+                for part in parts(subset)
+                for used in range(1, ranks + 1)
+            ),
+            default=np.inf,
+        )
+
+    @lru_cache(None)
+    def best(subset: int) -> float:
+        if not subset:
+            return 0.0
+        return min(
+            float(prices.whole_s(shelf(part, world))) + best(subset ^ part)
+            for part in parts(subset)
+        )
+
+    return best(whole) + prices.batch_s
+
+
+def check(plan: BatchPlan, prices: Prices, limit: int) -> None:
+    """Every sequence once, no rank twice at a time, nothing over the limit, times as told."""
+    every = [s for m in plan.micro_batches for g in m.groups for s in g.sequences]
+    assert sorted(every) == list(range(len(plan.lengths)))
+    for micro in plan.micro_batches:
+        ranks = [rank for group in micro.groups for rank in group.ranks]
+        assert len(set(ranks)) == len(ranks)
+        assert set(ranks) <= set(range(prices.world))
+        assert all(group.peak_bytes <= limit for group in micro.groups)
+        assert micro.seconds == pytest.approx(
+            float(prices.whole_s(max(group.seconds for group in micro.groups)))
+        )
+    total = sum(micro.seconds for micro in plan.micro_batches) + prices.batch_s
+    assert plan.seconds == pytest.approx(total)
+    assert plan.lower_bound_s <= plan.seconds * (1 + 1e-9)
+
+
+def random_lengths(rng: np.random.Generator, count: int, most: int) -> list[int]:
+    return np.minimum(rng.lognormal(np.log(most / 8), 1.2, count).astype(int) + 1, most).tolist()
+
+
+def test_small_batches_are_near_the_optimum() -> None:
+    rng = np.random.default_rng(0)
+    apart = []
+    for case in range(150):
+        world, count = int(rng.integers(1, 5)), int(rng.integers(1, 8))
+        if case % 2:
+            prices = published_prices("7b", world, memory_limit=160 << 30, powers_of_two=False)
+        else:
+            prices = Workload(slow_cluster(1, world), SMALL, overlap=bool(case % 4)).prices("none")
+        most = prices.pools[0].prices[-1].most_tokens
+        lengths = random_lengths(rng, count, most)
+        plan = plan_priced(lengths, prices)
+        check(plan, prices, 160 << 30)
+        least = optimum(prices, lengths)
+        assert plan.lower_bound_s <= least * (1 + 1e-9)
+        apart.append(plan.seconds / least - 1)
+    assert min(apart) > -1e-9
+    assert np.mean(apart) <= 0.02, np.mean(apart)
+    assert max(apart) <= 0.1, max(apart)
+
+
+def test_exact_mode_proves_the_optimum() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        prices = published_prices("7b", 4, memory_limit=160 << 30, powers_of_two=False)
+        lengths = random_lengths(rng, 5, prices.pools[0].prices[-1].most_tokens)
+        plan = plan_priced(lengths, prices, exact_s=20)
+        check(plan, prices, 160 << 30)
+        least = optimum(prices, lengths)
+        assert plan.seconds == pytest.approx(least, rel=1e-4)
+        assert plan.lower_bound_s == pytest.approx(least, rel=1e-4)
+
+
+@pytest.mark.parametrize("sharding", ["world", "node", "none"])
+@pytest.mark.parametrize("mode", ["flexible", "uniform", "static"])
+def test_plans_keep_to_memory_and_topology(mode: str, sharding: str) -> None:
+    rng = np.random.default_rng(2)
+    cluster, limit = slow_cluster(3, 4), 60 << 20
+    prices = Workload(cluster, SMALL, limit).prices(sharding, reduce_once=False)  # type: ignore[arg-type]
+    for count in (1, 7, 60):
+        lengths = random_lengths(rng, count, prices.capacity // 2)
+        plan = plan_priced(lengths, prices, mode=mode, longest=prices.capacity // 2)  # type: ignore[arg-type]
+        check(plan, prices, limit)
+        sizes = {len(g.ranks) for m in plan.micro_batches for g in m.groups}
+        if mode != "flexible":
+            assert len(sizes) == 1 and prices.world % sizes.pop() == 0
+        for micro in plan.micro_batches:
+            for group in micro.groups:
+                nodes = {rank // 4 for rank in group.ranks}
+                assert len(nodes) == -(-len(group.ranks) // 4)
+
+
+def test_flexible_beats_one_degree() -> None:
+    lengths = [6000, *[300] * 40]
+    took = {
+        mode: plan_batch(
+            lengths,
+            cluster=slow_cluster(),
+            model=SMALL,
+            memory_limit=200 << 20,
+            mode=mode,  # type: ignore[arg-type]
+            longest=8000,
+        ).seconds
+        for mode in ("flexible", "uniform", "static")
+    }
+    assert took["flexible"] < took["uniform"] <= took["static"]
+
+
+def test_a_slow_node_gets_less() -> None:
+    fast = slow_cluster().model_dump(mode="json")
+    device = fast["devices"]["device"]
+    half = {kind: {"float32": rates["float32"] / 2} for kind, rates in device["measured"].items()}
+    fast["devices"]["slow"] = device | {"measured": half, "bytes_per_s": device["bytes_per_s"] / 2}
+    node = fast["sites"][0]["nodes"][0]
+    fast["sites"][0]["nodes"] = [
+        node | {"devices": {"slow": 2}, "count": 1},
+        node | {"devices": {"device": 2}, "count": 1},
+    ]
+    plan = plan_batch(
+        [400] * 60, cluster=cluster_from(fast, "uneven"), model=SMALL, sharding="none"
+    )
+    held = [0] * 4
+    for micro in plan.micro_batches:
+        for group in micro.groups:
+            for rank in group.ranks:
+                held[rank] += sum(plan.lengths[i] for i in group.sequences) // len(group.ranks)
+    assert 1.6 < sum(held[2:]) / sum(held[:2]) < 2.4
+
+
+def test_same_arguments_same_plan() -> None:
+    lengths = random_lengths(np.random.default_rng(3), 200, 50_000)
+    prices = published_prices("7b", 64)
+    assert plan_priced(lengths, prices) == plan_priced(lengths, prices)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_models(name: str) -> None:
+    prices = published_prices(name, 64)
+    lengths = random_lengths(np.random.default_rng(4), 100, 100_000)
+    check(plan_priced(lengths, prices), prices, 28 << 30)
+
+
+def test_too_long_a_sequence_is_named() -> None:
+    prices = published_prices("7b", 8)
+    with pytest.raises(MemoryLimitError, match=r"sequence 1 has 900,000 tokens.*such devices"):
+        plan_priced([100, 900_000], prices)
+    with pytest.raises(MemoryLimitError, match="900,000"):
+        plan_priced([100], prices, mode="static", longest=900_000)
+    with pytest.raises(MemoryLimitError, match="GiB on each rank"):
+        plan_batch([10], cluster=slow_cluster(memory="8MiB"), model=SMALL)
+
+
+def test_what_cannot_be_planned() -> None:
+    prices = published_prices("7b", 8)
+    for lengths in ([], [0, 3]):
+        with pytest.raises(ConfigError, match="at least 1"):
+            plan_priced(lengths, prices)
+    with pytest.raises(ConfigError, match="published"):
+        published_prices("8b")
+    with pytest.raises(ConfigError, match="1 to 64"):
+        published_prices("7b", 65)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
+def test_exchange_costs_what_the_cluster_says(size: int) -> None:
+    """The closed form of an exchange is the price of its messages, one by one."""
+    cluster = slow_cluster(2, 3)
+    wires = Wires.of(cluster, [cluster.ranks_of_node(0), cluster.ranks_of_node(1)])
+    tokens, weight = 360, 720
+    counts = wires.counts(size)
+    ranks = tuple(
+        rank
+        for node, count in enumerate(counts.tolist())
+        for rank in cluster.ranks_of_node(node)[:count]
+    )
+    each = tokens * weight // size**2
+    asked = demand(Comm("all_to_all", ranks, (each,) * size**2), cluster)
+    took, sent = wires.all_to_all(counts, weight)
+    assert took * tokens == pytest.approx(asked.transfer_s)
+    assert wires.latency(counts) == pytest.approx(asked.latency_s)
+    assert sent * tokens == pytest.approx((size - 1) * each)

@@ -1,0 +1,181 @@
+"""The planner's choice of attention: what it foretells is what is sent, and what is simulated."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import Ranks
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import longspan
+from longspan.cluster.fabric import Link
+from longspan.cluster.ring import predict_ring
+from longspan.cluster.spec import Cluster, Device, uniform
+from longspan.comm.counting import CountBytes
+from longspan.comm.mesh import flat_group
+from longspan.errors import ClusterError, LayoutError
+from longspan.layout import Order
+from longspan.planner.attention import AttentionChoice, best_attention, plan_attention
+from longspan.planner.attention_price import Pricer, Send, Way
+from longspan.schedule.ring_tasks import AttentionKernels
+
+DEVICE = Device(memory_bytes=1, bytes_per_s=1e11, peak={"matmul": {"bfloat16": 1e13}})
+
+
+def cluster(
+    inside: float, between: float, devices: int = 2, nodes: int = 2, latency: float = 0
+) -> Cluster:
+    links = (Link(latency_s=latency, bytes_per_s=rate) for rate in (inside, between))
+    link, network = links
+    return uniform(DEVICE, devices=devices, nodes=nodes, link=link, network=network)
+
+
+def sent(mesh: DeviceMesh, choice: AttentionChoice, documents: tuple[int, ...], window: int | None,
+         kernels: AttentionKernels) -> int:  # fmt: skip
+    """Bytes that this rank sends when it does as it was told."""
+    if len(choice.mesh) == 2:
+        mesh = init_device_mesh("cpu", choice.mesh, mesh_dim_names=("inter", "intra"))
+    own = len(longspan.positions(documents[-1], flat_group(mesh).rank(), 4, choice.order))
+    q, k, v = (
+        torch.randn(1, heads, own, kernels.head_dim, requires_grad=True)
+        for heads in (kernels.heads, kernels.kv_heads, kernels.kv_heads)
+    )
+    with CountBytes() as count:
+        out = longspan.attend(
+            *(q, k, v),
+            mesh=mesh,
+            order=choice.order,
+            inside=choice.inside,
+            travels=choice.travels,
+            cu_seqlens=documents,
+            window=window,
+        )
+        out.sum().backward()
+    return count.total_sent
+
+
+@settings(max_examples=5)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.sampled_from([None, 1, 9]),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from(list(Order)),
+)
+def test_what_is_foretold_is_sent(ranks: Ranks, lengths: list[int], window: int | None, kv: int,
+                                  group: int, order: Order) -> None:  # fmt: skip
+    kernels = AttentionKernels(kv * group, kv, 8, "float32", 4)
+    documents = tuple(sum(lengths[:i]) for i in range(len(lengths) + 1))
+    plan = plan_attention(
+        uniform(
+            Device(memory_bytes=1, bytes_per_s=1e11, peak={"matmul": {"float32": 1e13}}),
+            devices=2,
+            nodes=2,
+            link=Link(latency_s=0, bytes_per_s=1e9),
+            network=Link(latency_s=0, bytes_per_s=1e8),
+        ),
+        *(kernels, documents),
+        orders=[order],
+        window=window,
+    )
+    assert {choice.name for choice in plan} == {"flat ring", "double ring", "heads", "hybrid"}
+    for choice in plan:
+        counts = ranks.run(sent, choice, documents, window, kernels)
+        assert max(counts) == choice.sent_bytes
+        assert choice.between_nodes_bytes <= 2 * choice.sent_bytes
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.integers(64, 4096),
+    st.sampled_from([(1, 2), (2, 2), (4, 1), (2, 4)]),
+    st.sampled_from(["zigzag", "striped"]),
+    st.sampled_from([1e7, 1e9, 1e12]),
+    st.sampled_from([1e7, 1e8, 1e12]),
+)
+def test_a_ring_takes_what_the_simulator_says(
+    length: int, shape: tuple[int, int], order: str, inside: float, between: float
+) -> None:
+    """But for moments in which ranks run apart; keys and values travel in backward, too."""
+    nodes, devices = shape
+    where = cluster(inside, between, devices, nodes)
+    kernels = AttentionKernels(8, 2, 64)
+    plan = plan_attention(where, kernels, (0, length), orders=[order])
+    flat = next(choice for choice in plan if choice.name == "flat ring")
+    assert flat.travels == "kv"
+    played = predict_ring(where, kernels, length, order).seconds
+    assert flat.seconds == pytest.approx(played, rel=0.3)
+
+
+def test_the_link_and_the_heads_decide() -> None:
+    many, few = AttentionKernels(32, 32, 128), AttentionKernels(32, 4, 128)
+    # Where sending is all that counts: a head exchange sends each thing once, but queries, too.
+    slow = cluster(1e11, 1e8, 4, 2)
+    assert plan_attention(slow, many, (0, 4096))[0].name == "heads"
+    assert plan_attention(slow, few, (0, 4096))[0].name in ("double ring", "hybrid")
+    # Where computing is: what is sent in a ring costs nothing, and fewer bytes are better still.
+    fast = cluster(1e13, 1e13, 4, 2)
+    plan = plan_attention(fast, few, (0, 65536))
+    alike = [choice for choice in plan if choice.seconds <= 1.05 * min(c.seconds for c in plan)]
+    assert plan[: len(alike)] == sorted(alike, key=lambda c: (c.between_nodes_bytes, c.seconds))
+    # Every message has its price: an exchange has four for each of the others, a ring more.
+    far = cluster(1e13, 1e13, 4, 2, latency=1e-2)
+    assert plan_attention(far, many, (0, 512))[0].name == "heads"
+
+
+def test_a_window_goes_with_contiguous_order() -> None:
+    where = cluster(1e9, 1e8, 4, 2)
+    kernels = AttentionKernels(8, 8, 64)
+    plan = plan_attention(where, kernels, (0, 8192), orders=list(Order), window=512)
+    ring = next(choice for choice in plan if choice.name in ("flat ring", "double ring"))
+    assert ring.order is Order.CONTIGUOUS
+    full = plan_attention(where, kernels, (0, 8192), orders=list(Order))
+    assert full[0].order is not Order.CONTIGUOUS or full[0].name == "heads"
+
+
+@pytest.mark.parametrize("kernels", [AttentionKernels(32, 32, 64), AttentionKernels(32, 4, 64)])
+@pytest.mark.parametrize("order", ["zigzag", "striped"])
+def test_alike_rounds_are_the_rounds(kernels: AttentionKernels, order: str) -> None:
+    """What many ranks are priced by, on few."""
+    where = cluster(1e10, 1e9, 4, 2)
+    pricer = Pricer(where, tuple(range(8)), kernels, (0, 8192), Order(order), True, None)
+    for way in (Way("flat ring", 8, 1), Way("double ring", 8, 1, 4), Way("hybrid", 4, 2)):
+        for backward in (False, True):
+            which = (way, backward, pricer.travels(way) if backward else "kv")
+            exact, alike = pricer.by_round(*which), pricer.alike_rounds(*which)
+            assert sum(alike[0]) == pytest.approx(sum(exact[0]), rel=0.15)
+            for one, other in zip(exact[1:], alike[1:], strict=True):
+                assert _leaving(one) == _leaving(other)
+
+
+def _leaving(rounds: list[list[Send]]) -> list[list[tuple[int, int]]]:
+    """Who sends how much in each round; what is sent home has another target."""
+    return [sorted((send.source, send.bytes) for send in sends) for sends in rounds]
+
+
+def test_a_group_of_any_ranks() -> None:
+    where = cluster(1e10, 1e9, 4, 2)
+    kernels = AttentionKernels(16, 4, 64)
+    alone = best_attention(where, kernels, 4096, [5])
+    assert (alone.name, alone.mesh, alone.sent_bytes) == ("flat ring", (1,), 0)
+    names = {c.name for c in plan_attention(where, kernels, (0, 4096), ranks=[0, 1, 2, 4])}
+    assert names == {"flat ring", "heads"}  # a node with three of them and one with one
+    four = plan_attention(where, kernels, (0, 4096), ranks=[2, 3, 6, 7])
+    assert {c.mesh for c in four} == {(4,), (2, 2)}
+    inside = best_attention(where, kernels, 4096, [4, 5, 6, 7])
+    assert inside.between_nodes_bytes == 0
+    assert inside.seconds < min(c.seconds for c in four)
+    for wrong in ([], [0, 8], [1, 1]):
+        with pytest.raises(ClusterError, match="ranks"):
+            plan_attention(where, kernels, (0, 4096), ranks=wrong)
+    with pytest.raises(LayoutError, match="unknown order"):
+        plan_attention(where, kernels, (0, 4096), orders=["snake"])
+
+
+def test_many_ranks_are_priced_too() -> None:
+    where = cluster(1e11, 1e10, 8, 8)
+    plan = plan_attention(where, AttentionKernels(32, 8, 128), (0, 32768))
+    assert {c.mesh for c in plan} == {(64,), (8, 8), (16, 4), (32, 2)}
+    ring = next(c for c in plan if c.name == "flat ring")
+    # Keys and values twice and their float32 gradients once visit 63 others.
+    assert ring.sent_bytes == 63 * 512 * 2 * 8 * 128 * (2 + 2 + 4)
