@@ -23,6 +23,7 @@ from longspan.models.forms import Form
 from longspan.models.stages import Outside, Sees, parallelize_stages, sum_gradients
 from longspan.plan import StagePlan
 from longspan.planner.stage import Stage, transformer_block
+from longspan.planner.stage_price import Price, Pricer
 from longspan.planner.stages import plan_stages
 
 PLANT = {"*": Sees("batch time sensor channel", attention="attention")}
@@ -42,7 +43,7 @@ CLUSTER = uniform(
 
 def stages(names: Sequence[str], dims: Sequence[str], sizes: dict[str, int]) -> list[Stage]:
     return [
-        transformer_block(f"{name}.{i}", sizes, dim, 4, dtype="float64")
+        transformer_block(f"{name}.{i}", sizes, dim, 4, causal=name == "over_time", dtype="float64")
         for i in range(2)
         for name, dim in zip(names, dims, strict=True)
     ]
@@ -233,14 +234,17 @@ def test_two_switches_a_pair_to_the_byte(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("inside", ["heads", "ring", "gather"])
-def test_what_the_known_ways_send_is_what_is_priced(ranks: Ranks, inside: str) -> None:
-    found = plant_stages(8, 12)
+def test_the_known_ways_send_what_they_are_priced_for(ranks: Ranks, inside: str) -> None:
+    found, pricer = plant_stages(8, 12), Pricer(CLUSTER, {"sp": 4})
     way = (None, "nothing") if inside == "gather" else ("time", inside)
+    priced = Price()
+    for stage in found[1::2]:
+        for one in ((("time",), way[:1]), (way[:1], ("time",))):
+            priced += pricer.move(stage, *one)
+        priced += pricer.inside(stage, way[:1], way[1])  # type: ignore[arg-type]
     plan = by_hand(found, "time", [("time", "nothing"), way])
-    name = {"heads": "ulysses"}.get(inside, inside)
-    (rival,) = (one for one in plan.rivals if one.name == name)
-    sent = [a - b * 3 // 4 for a, b in ranks.run(same_as_one_process, "plant", (8, 12), plan, 1)]
-    assert max(sent) == rival.sent_bytes
+    sent = ranks.run(same_as_one_process, "plant", (8, 12), plan, 1)
+    assert [one - out * 3 // 4 for one, out in sent] == [priced.sent[rank] for rank in range(4)]
 
 
 def refusals(mesh: DeviceMesh, plan: StagePlan) -> None:
