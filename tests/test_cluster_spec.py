@@ -98,7 +98,7 @@ def test_errors_say_what_is_wrong_and_where(tmp_path: Path, values: object, mess
 
 
 def test_a_missing_or_broken_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match="give a YAML file or one of 8xa100"):
+    with pytest.raises(ClusterError, match="give a YAML file or one of 8x1080ti"):
         read_cluster("no-such-cluster")
     (tmp_path / "c.yaml").write_text("sites: [")
     with pytest.raises(ClusterError, match="is not YAML"):

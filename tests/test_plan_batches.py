@@ -66,7 +66,7 @@ def test_picture_shows_every_sequence() -> None:
     plan = BatchPlan((900, 100, 50, 40), (MicroBatch(groups, 2.0),), "world", 2.0, 1.9)
     root = ElementTree.fromstring(draw_groups(plan, 4))
     titles = [title.text or "" for title in root.iter("{http://www.w3.org/2000/svg}title")]
-    assert [title.split(" tokens")[0] for title in titles if "group" in title] == [
+    assert [title.split(" tokens")[0] for title in titles if " tokens" in title] == [
         "900",
         "100",
         "40",

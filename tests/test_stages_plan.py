@@ -202,10 +202,10 @@ def test_one_dim_falls_back_to_heads_or_ring() -> None:
 
 def test_a_short_dim_takes_a_mesh_of_two_axes() -> None:
     # Two frames on four ranks: one axis would leave two ranks idle in every other block.
-    stages, where = video(2, 2, 4096, channel=256), cluster(2, 2, flops=1e12)
+    stages, where = video(2, 2, 4096, channel=256), cluster(2, 2, flops=1e11)
     plan = plan_stages(stages, sequence=DIMS, cluster=where)
     assert plan.axes == {"sp_inter": 2, "sp_intra": 2}
-    assert plan.stages[0].sharded == ("time", "space")
+    assert set(plan.stages[0].sharded) == {"time", "space"}
     assert plan.stages[0].inside in ("heads", "ring")
     line = plan_stages(stages, sequence=DIMS, cluster=where, axes={"sp": 4})
     assert plan.seconds < line.seconds

@@ -33,7 +33,7 @@ PLANT_ENDS = Outside(
     result="batch time sensor patch",
 )
 CLUSTER = uniform(
-    Device(memory_bytes=1, bytes_per_s=1e10, peak={"matmul": {"float64": 1e12}}),
+    Device(memory_bytes=1, bytes_per_s=1e10, peak={"matmul": {"float64": 1e9}}),
     devices=2,
     nodes=2,
     link=Link(latency_s=1e-6, bytes_per_s=1e9),

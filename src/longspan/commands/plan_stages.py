@@ -1,6 +1,7 @@
 """``longspan plan-stages``: which dim is sharded in each stage of a model, and what that sends."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -56,7 +57,9 @@ def plan_stages(
         return
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=True).print(_told(found))
+    # Where it is not a terminal, a table is given the width it needs.
+    width = None if sys.stdout.isatty() else 130
+    Console(highlight=False, soft_wrap=True, width=width).print(_told(found))
 
 
 def _told(plan: "StagePlan") -> "RenderableType":

@@ -15,7 +15,7 @@ import numpy as np
 from longspan.planner.pack import Batch, Shelf
 from longspan.planner.prices import Floats, Ints
 
-__all__ = ["search"]
+__all__ = ["search", "total_s"]
 
 _LIMITS = 32
 # Shares of the ranks' time and of their memory that a real packing may be able to use.

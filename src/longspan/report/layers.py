@@ -7,7 +7,7 @@ from longspan.plan import LayerChoice, LayerPlan
 from longspan.report import svg
 from longspan.report.words import duration, size
 
-__all__ = ["draw_layers", "write_layers"]
+__all__ = ["draw_layers", "hue", "write_layers"]
 
 _WIDTH, _BOX, _ROW, _LEFT, _TOP = 900.0, 20.0, 26.0, 160.0, 92.0
 # What a layer is split by decides its colour; the first of these that it has.
