@@ -34,7 +34,7 @@ FLOORS = {
     "commands": 8,
     "cli": 9,
 }
-WINGS = ({"cluster", "planner"}, {"comm", "attention", "models"})
+WINGS = ({"cluster", "planner"}, {"comm", "attention", "models", "outer"})
 LAZY = {"cli", "integrations"}
 
 

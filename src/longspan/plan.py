@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from longspan.errors import ConfigError
 
-__all__ = ["BatchPlan", "Group", "MicroBatch", "read_plan", "write_plan"]
+__all__ = ["BatchPlan", "Group", "MicroBatch", "SitePlan", "read_plan", "write_plan"]
 
 P = TypeVar("P")
 
@@ -53,6 +53,33 @@ class BatchPlan:
     sharding: Literal["world", "node", "none"]
     seconds: float
     lower_bound_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """How a model is trained at several sites (Streaming DiLoCo, arXiv 2501.18512).
+
+    ``method``: data-parallel where that keeps the devices at work, else streaming with the
+    settings that follow. ``utilisation``: the share of the time that devices compute.
+    ``mean_gbit_per_s`` and ``peak_gbit_per_s``: what a site sends over all, and while the largest
+    fragment is under way if that is to be back in time. ``data_parallel_gbit_per_s``: the link
+    that data-parallel training would need for the utilisation that was asked for.
+    """
+
+    method: Literal["data-parallel", "streaming"]
+    sites: int
+    sync_every: int
+    delay: int
+    fragment_layers: int
+    fragments: int
+    codec: str
+    outer_lr: float
+    utilisation: float
+    mean_gbit_per_s: float
+    peak_gbit_per_s: float
+    link_gbit_per_s: float
+    data_parallel_utilisation: float
+    data_parallel_gbit_per_s: float
 
 
 def write_plan(plan: Any, path: Path) -> None:
