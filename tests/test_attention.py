@@ -97,7 +97,8 @@ def worst_difference(mesh: DeviceMesh, case: Case) -> float:
     expected, _ = dense_attention(*whole, case.documents, case.causal, case.scale, case.window)
     expected.backward(dout)
 
-    own = longspan.positions(case.documents[-1], flat_group(mesh).rank(), mesh.size(), case.order)
+    rank, documents = flat_group(mesh).rank(), case.documents
+    own = longspan.positions(documents[-1], rank, mesh.size(), case.order, documents)
     q, k, v = (x.detach()[:, :, own].to(case.dtype).requires_grad_() for x in whole)
     out = longspan.attend(
         *(q, k, v),
@@ -142,7 +143,7 @@ def test_two_axes_are_exact(ranks: Ranks, case: Case) -> None:
 def counted_bytes(mesh: DeviceMesh, case: Case) -> tuple[tuple[int, int], tuple[int, int]]:
     """(promised, sent) in forward and in backward."""
     rank = mesh.get_local_rank()
-    own = longspan.positions(case.documents[-1], rank, mesh.size(), case.order)
+    own = longspan.positions(case.documents[-1], rank, mesh.size(), case.order, case.documents)
     *inputs, dout = (x[:, :, own].to(case.dtype) for x in tensors(case))
     q, k, v = (x.requires_grad_() for x in inputs)
     told = {"causal": case.causal, "window": case.window, "order": case.order}

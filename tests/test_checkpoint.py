@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan.errors import CheckpointError
-from longspan.train.checkpoint import Progress, damage, load_newest, save
+from longspan.train.checkpoint import Progress, load_newest, save
+from longspan.train.manifest import damage
 
 
 def build(mesh: DeviceMesh, seed: int) -> tuple[Any, torch.optim.Optimizer]:

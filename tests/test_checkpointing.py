@@ -41,7 +41,8 @@ def call_again(mesh: DeviceMesh, case: Case, share: float, heads: bool) -> float
     whole = [x.requires_grad_() for x in inputs]
     expected, _ = dense_attention(*whole, case.documents, case.causal, case.scale, case.window)
     expected.backward(dout)
-    own = longspan.positions(case.documents[-1], group.rank(), group.size(), case.order)
+    documents = case.documents
+    own = longspan.positions(documents[-1], group.rank(), group.size(), case.order, documents)
     local = [x.detach()[:, :, own].to(case.dtype).requires_grad_() for x in whole]
     kept, outs = Kept(share), []
     for _ in range(2):

@@ -46,6 +46,10 @@ def test_what_is_refused() -> None:
         positions(8, 2, 2, "zigzag")
     with pytest.raises(LayoutError, match="-1 tokens"):
         positions(-1, 0, 2, "zigzag")
+    with pytest.raises(LayoutError, match="end at the sequence's 8 tokens"):
+        positions(8, 0, 2, "balanced", (0, 3, 9))
+    with pytest.raises(LayoutError, match="knows no documents"):
+        Layout({"sp": Shard(1)}, Order.BALANCED)
     with pytest.raises(LayoutError, match="not a torch Placement"):
         Layout({"sp": 1})  # type: ignore[dict-item]
 

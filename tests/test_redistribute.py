@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import deal, join, layouts, whole_numbers
+from layouts import LAYOUT_ORDERS, deal, join, layouts, whole_numbers
 from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -73,7 +73,7 @@ def _kept(
     st.integers(0, 11),
     st.lists(st.integers(1, 4), max_size=2),
     st.booleans(),
-    st.sampled_from(list(Order)),
+    st.sampled_from(LAYOUT_ORDERS),
     st.integers(1, 4),
 )
 def test_split_and_gather(
@@ -188,7 +188,7 @@ def heads_there_and_back(mesh: DeviceMesh, heads: int, kv_heads: int, order: Ord
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.sampled_from(list(Order)))
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.sampled_from(LAYOUT_ORDERS))
 def test_head_exchange(ranks: Ranks, kv_heads: int, group: int, world: int, order: Order) -> None:
     ranks.run(heads_there_and_back, kv_heads * group, kv_heads, order, world=world)
 

@@ -237,7 +237,7 @@ def test_batch_is_dealt_as_layout_deals_it(lengths: list[int], world: int, order
     in_document = [position for length in lengths for position in range(length)]
     for rank in range(world):
         held = [position for piece in batch.held(rank) for position in piece]
-        assert held == positions(batch.length, rank, world, order).tolist()
+        assert held == positions(batch.length, rank, world, order, bounds).tolist()
         assert batch.tokens(rank) == len(held)
         assert batch.work(rank) == sum(in_document[position] + 1 for position in held)
     bands = list(batch.bands(0, batch.length))

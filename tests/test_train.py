@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from longspan.balance import EVEN
 from longspan.cli import main
 from longspan.trace import Note, curve, read_trace
 
@@ -120,6 +121,19 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     kept = sorted(path.name for path in (undisturbed / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000008", "step-00000010", "step-00000012"]
     assert "<svg" in (undisturbed / "run" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_balanced_documents_are_exact_and_even(documents: Path, tmp_path: Path) -> None:
+    changes = {"parallel": {"order": "balanced"}, "checks": {"exactness": True}}
+    config = write(tmp_path, settings(documents, tmp_path, **changes))
+    done = run([*command(config), "--set", "train.steps=2"])
+    assert done.returncode == 0, done.stderr
+    rows = list(read_trace(tmp_path / "run" / "trace.jsonl"))
+    (found,) = (row.about for row in rows if isinstance(row, Note) and row.kind == "exactness")
+    assert found["gradient_difference"] < 1e-4
+    for figure in ("attention_imbalance", "token_imbalance"):
+        assert all(value <= EVEN for _, value in curve(rows, figure))
 
 
 @pytest.mark.slow

@@ -7,9 +7,15 @@ from typing import Annotated
 
 import typer
 
+from longspan.commands.checkpoints import export, verify
+from longspan.commands.doctor import doctor
+from longspan.commands.emit import emit
+from longspan.commands.report import report
 from longspan.commands.simulate import app as simulate
+from longspan.commands.watch import watch
 from longspan.errors import LongspanError
 from longspan.lab.commands import app as lab
+from longspan.report.words import clean
 
 __all__ = ["demo", "diagnose", "main", "probe", "train"]
 
@@ -22,6 +28,12 @@ app = typer.Typer(
 )
 app.add_typer(simulate, name="simulate")
 app.add_typer(lab, name="lab")
+app.command()(doctor)
+app.command()(emit)
+app.command()(watch)
+app.command()(report)
+app.command()(verify)
+app.command()(export)
 
 
 @app.command()
@@ -35,15 +47,27 @@ def diagnose(
         str | None, typer.Option(help="The tokenizer's end-of-document token.")
     ] = None,
     max_length: Annotated[int, typer.Option(help="Most tokens of a packed sequence.")] = 8192,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Tokenise every document, not a sample.")
+    ] = False,
+    sample: Annotated[int, typer.Option(min=64, help="Documents to tokenise.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """How long the documents are, and what their unevenness costs."""
+    """How long the documents are, and what their unevenness costs.
+
+    The characters of all documents are counted; of more than 4096 documents a sample is
+    tokenised, the longest among it.
+    """
     from longspan.data.diagnose import diagnose as measure
     from longspan.data.render import render
     from longspan.data.tokens import load_tokenizer
 
     found = measure(
-        data, field=field, tokenizer=load_tokenizer(tokenizer, end_token), max_length=max_length
+        data,
+        field=field,
+        tokenizer=load_tokenizer(tokenizer, end_token),
+        max_length=max_length,
+        sample=None if exact else sample,
     )
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
@@ -136,5 +160,6 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except LongspanError as error:
-        print(f"longspan: {error}", file=sys.stderr)
+        # A file's name may hold what steers a terminal.
+        print(f"longspan: {clean(error)}", file=sys.stderr)
         sys.exit(2)

@@ -1,19 +1,30 @@
 """Layout: where the pieces of a tensor live; Order: which tokens of a sequence a rank holds.
 
-In every order a rank's tokens are kept in ascending position, and two ranks' counts differ by at
-most one, so any length fits any number of ranks without padding.
+In every order a rank's tokens are kept in ascending position, and any length fits any number of
+ranks without padding: two ranks' counts differ by at most one, in balanced order by a few percent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
 from torch.distributed.tensor.placement_types import Placement
 
+from longspan.balance import balanced, piece
 from longspan.errors import LayoutError
 
-__all__ = ["Layout", "Order", "Run", "local_length", "place_runs", "positions", "runs"]
+__all__ = [
+    "Layout",
+    "Order",
+    "Run",
+    "check_documents",
+    "local_length",
+    "place_runs",
+    "positions",
+    "runs",
+]
 
 
 class Order(StrEnum):
@@ -21,11 +32,14 @@ class Order(StrEnum):
 
     ``contiguous``: one piece a rank. ``zigzag``: 2·world pieces, rank i holds pieces i and
     2·world-1-i, so that causal work is even. ``striped``: token t is on rank t mod world.
+    ``balanced``: for packed documents, short ones whole and long ones cut, so that both tokens and
+    attention's work are even (``longspan.balance``); one document is in zigzag order.
     """
 
     CONTIGUOUS = "contiguous"
     ZIGZAG = "zigzag"
     STRIPED = "striped"
+    BALANCED = "balanced"
 
     @classmethod
     def of(cls, order: "Order | str") -> "Order":
@@ -42,7 +56,8 @@ class Layout:
     """A tensor's placement on each mesh axis it is spread over, and its token order.
 
     ``placements`` maps a mesh axis name to ``Shard(dim)``, ``Replicate()`` or ``Partial()``; an
-    axis that isn't named is replicated. ``order`` holds for the sharded sequence dim.
+    axis that isn't named is replicated. ``order`` holds for the sharded sequence dim; it can't be
+    balanced, as a layout knows no documents.
     """
 
     placements: Mapping[str, Placement] = field(default_factory=dict)
@@ -54,6 +69,8 @@ class Layout:
                 raise LayoutError(f"axis {axis!r}: {placement!r} is not a torch Placement")
         object.__setattr__(self, "placements", dict(self.placements))
         object.__setattr__(self, "order", Order.of(self.order))
+        if self.order is Order.BALANCED:
+            raise LayoutError("a layout can't be in balanced order: it knows no documents")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +83,18 @@ class Run:
     stride: int
 
 
-def _piece(length: int, index: int, pieces: int) -> tuple[int, int]:
-    """Start and count of one of ``pieces`` nearly equal pieces; the longer ones come first."""
-    share, longer = divmod(length, pieces)
-    return index * share + min(index, longer), share + (index < longer)
-
-
-def runs(length: int, rank: int, world: int, order: Order | str) -> tuple[Run, ...]:
+def runs(
+    length: int,
+    rank: int,
+    world: int,
+    order: Order | str,
+    documents: Sequence[int] | None = None,
+) -> tuple[Run, ...]:
     """The tokens of ``rank`` as runs of constant stride, in ascending position.
 
-    Raises LayoutError if the rank isn't one of ``world``, or the length is negative.
+    ``documents``: where packed documents start, and the end of the last (cu_seqlens), which only
+    balanced order asks for; without them there is one. Raises LayoutError if the rank isn't one of
+    ``world``, the length is negative, or the documents don't make it up.
     """
     order = Order.of(order)
     if length < 0:
@@ -85,10 +104,14 @@ def runs(length: int, rank: int, world: int, order: Order | str) -> tuple[Run, .
     if order is Order.STRIPED:
         pieces = [(rank, len(range(rank, length, world)), world)]
     elif order is Order.CONTIGUOUS:
-        pieces = [(*_piece(length, rank, world), 1)]
+        pieces = [(*piece(length, rank, world), 1)]
+    elif order is Order.BALANCED:
+        ends = (0, length) if documents is None else tuple(map(int, documents))
+        check_documents(ends, length)
+        pieces = [(start, stop - start, 1) for start, stop in balanced(ends, world)[rank]]
     else:
         mirrored = 2 * world - 1 - rank
-        pieces = [(*_piece(length, index, 2 * world), 1) for index in (rank, mirrored)]
+        pieces = [(*piece(length, index, 2 * world), 1) for index in (rank, mirrored)]
     found: list[Run] = []
     local = 0
     for start, count, stride in pieces:
@@ -98,41 +121,67 @@ def runs(length: int, rank: int, world: int, order: Order | str) -> tuple[Run, .
     return tuple(found)
 
 
+def check_documents(documents: Sequence[int], length: int) -> None:
+    """Raise LayoutError unless these are documents' starts and last end in so many tokens."""
+    if not documents or documents[0] != 0 or documents[-1] != length:
+        raise LayoutError(f"cu_seqlens must start at 0 and end at the sequence's {length} tokens")
+    if any(stop < start for start, stop in pairwise(documents)):
+        raise LayoutError("cu_seqlens must not descend")
+
+
 def place_runs(
-    length: int, place: int, places: int, width: int, order: Order | str
+    length: int,
+    place: int,
+    places: int,
+    width: int,
+    order: Order | str,
+    documents: Sequence[int] | None = None,
 ) -> tuple[Run, ...]:
     """The tokens that ``width`` ranks side by side hold together, as one place of ``places``.
 
     In ascending position and as few runs as can be; striped ones rank by rank.
     """
     ranks = range(place * width, (place + 1) * width)
-    pieces = [run for rank in ranks for run in runs(length, rank, places * width, order)]
+    pieces = [run for rank in ranks for run in runs(length, rank, places * width, order, documents)]
     if Order.of(order) is not Order.STRIPED:
         pieces.sort(key=lambda run: run.start)
     found: list[Run] = []
     local = 0
-    for piece in pieces:
+    for run in pieces:
         last = found[-1] if found else None
-        if last and piece.stride == 1 and last.start + last.count == piece.start:
-            found[-1] = Run(last.local, last.start, last.count + piece.count, 1)
+        if last and run.stride == 1 and last.start + last.count == run.start:
+            found[-1] = Run(last.local, last.start, last.count + run.count, 1)
         else:
-            found.append(Run(local, piece.start, piece.count, piece.stride))
-        local += piece.count
+            found.append(Run(local, run.start, run.count, run.stride))
+        local += run.count
     return tuple(found)
 
 
-def local_length(length: int, rank: int, world: int, order: Order | str) -> int:
+def local_length(
+    length: int,
+    rank: int,
+    world: int,
+    order: Order | str,
+    documents: Sequence[int] | None = None,
+) -> int:
     """How many of ``length`` tokens ``rank`` holds."""
-    return sum(run.count for run in runs(length, rank, world, order))
+    return sum(run.count for run in runs(length, rank, world, order, documents))
 
 
-def positions(length: int, rank: int, world: int, order: Order | str) -> torch.Tensor:
+def positions(
+    length: int,
+    rank: int,
+    world: int,
+    order: Order | str,
+    documents: Sequence[int] | None = None,
+) -> torch.Tensor:
     """Global positions of a rank's tokens, ascending: LongTensor of shape (local_length,).
 
-    Raises LayoutError for an unknown order, a rank outside ``world`` or a negative length.
+    ``documents``: their boundaries (cu_seqlens), for balanced order. Raises LayoutError for an
+    unknown order, a rank outside ``world``, a negative length or documents of another length.
     """
     found = [
         torch.arange(run.start, run.start + run.count * run.stride, run.stride)
-        for run in runs(length, rank, world, order)
+        for run in runs(length, rank, world, order, documents)
     ]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.long)

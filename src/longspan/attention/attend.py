@@ -37,7 +37,8 @@ def attend(
     """Exact attention over a sequence whose tokens are sharded over ``mesh``.
 
     q ``(B, Hq, S_local, D)``, k and v ``(B, Hkv, S_local, D)``, Hq a multiple of Hkv; S_local is
-    this rank's share of any global length in ``order`` (``longspan.positions``). Returns
+    this rank's share of any global length in ``order`` (``longspan.positions``, which in balanced
+    order wants the documents, too). Returns
     ``(B, Hq, S_local, D)`` in q's dtype. ``scale`` defaults to 1/√D. With a ``window``
     each token sees itself and the window-1 tokens before it, as transformers' ``sliding_window``.
     ``cu_seqlens``: where packed documents start in the *global* sequence and where the last ends,
@@ -60,7 +61,7 @@ def attend(
         documents = (0, global_length(q.shape[2], group, order))
     else:
         documents = tuple(int(end) for end in cu_seqlens)
-    expected = local_length(documents[-1], group.rank(), group.size(), order)
+    expected = local_length(documents[-1], group.rank(), group.size(), order, documents)
     if q.shape[2] != expected:
         raise LayoutError(
             f"rank {group.rank()} of {group.size()} holds {expected} of {documents[-1]} tokens in "

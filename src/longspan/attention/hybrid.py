@@ -42,7 +42,8 @@ def exchange_heads(
     inner = mesh.get_group(mesh.ndim - 1)
     width, places = inner.size(), mesh.size() // inner.size()
     place = mesh.get_local_rank(0) if mesh.ndim == 2 else 0
-    dealt = [positions(documents[-1], place * width + r, mesh.size(), order) for r in range(width)]
+    ranks = range(place * width, (place + 1) * width)
+    dealt = [positions(documents[-1], rank, mesh.size(), order, documents) for rank in ranks]
     counts = [len(part) for part in dealt]
     shares = HeadShares(q.shape[1], k.shape[1], width)
     q_shares = [shares.q(rank) for rank in range(width)]

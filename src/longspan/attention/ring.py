@@ -7,7 +7,7 @@ Payloads are one flat buffer, so that they go as one message. Results are accumu
 (float64 for float64), and gradients travel so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from longspan.attention.merge import merge_
 from longspan.comm.p2p import Mailbox
 from longspan.layout import Order
 from longspan.schedule.ring import Block, Ring, tokens
-from longspan.schedule.rounds import Round, Travels, cheapest, rounds
+from longspan.schedule.rounds import Round, Travels, cheapest, rounds, travelling
 
 __all__ = ["RingAttention", "accumulation_dtype", "ring_of", "turn"]
 
@@ -33,31 +33,55 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Flat:
-    """Tensors of shape (batch, heads, tokens, …) of any rank in one flat buffer of bytes.
+    """What travels of any rank's tensors (batch, heads, tokens, …), in one flat buffer of bytes.
 
-    ``like`` are this rank's; those of another rank differ in the number of tokens.
+    ``own`` are this rank's, whole; those of another rank differ in the number of tokens.
     """
 
     ring: Ring
-    like: tuple[Tensor, ...]
+    travels: Travels
+    own: tuple[Tensor, ...]
 
     def _shape(self, x: Tensor, source: int) -> torch.Size:
-        return torch.Size((*x.shape[:2], tokens(self.ring, source), *x.shape[3:]))
+        spans = travelling(self.ring, source, self.travels)
+        return torch.Size((*x.shape[:2], sum(b - a for a, b in spans), *x.shape[3:]))
 
     def empty(self, source: int) -> Tensor:
         """A buffer for the tensors of a rank."""
-        size = sum(self._shape(x, source).numel() * x.element_size() for x in self.like)
-        return self.like[0].new_empty(size, dtype=torch.uint8)
+        size = sum(self._shape(x, source).numel() * x.element_size() for x in self.own)
+        return self.own[0].new_empty(size, dtype=torch.uint8)
 
-    def filled(self) -> Tensor:
-        """A buffer with this rank's tensors."""
-        return torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in self.like])
+    def filled(self, rank: int) -> Tensor:
+        """A buffer with what travels of this rank's tensors."""
+        flat = self.empty(rank)
+        for part, x in zip(self.views(flat, rank), self.own, strict=True):
+            for here, there in self._spans(rank):
+                part[:, :, there] = x[:, :, here]
+        return flat
+
+    def join(self, sums: Tensor, part: Tensor, source: int) -> None:
+        """Add a buffer to another."""
+        pairs = zip(self.views(sums, source), self.views(part, source), strict=True)
+        for total, share in pairs:
+            total += share
+
+    def add(self, flat: Tensor, rank: int) -> None:
+        """Add what a buffer holds to this rank's tensors."""
+        for part, x in zip(self.views(flat, rank), self.own, strict=True):
+            for here, there in self._spans(rank):
+                x[:, :, here] += part[:, :, there]
+
+    def _spans(self, rank: int) -> Iterator[tuple[slice, slice]]:
+        """Where what travels lies in a rank's tensors, and in a buffer's."""
+        before = 0
+        for start, stop in travelling(self.ring, rank, self.travels):
+            yield slice(start, stop), slice(before, before := before + stop - start)
 
     def views(self, flat: Tensor, source: int) -> list[Tensor]:
         """The tensors in a rank's buffer."""
-        shapes = [self._shape(x, source) for x in self.like]
-        sizes = [s.numel() * x.element_size() for x, s in zip(self.like, shapes, strict=True)]
-        parts = zip(flat.split(sizes), shapes, self.like, strict=True)
+        shapes = [self._shape(x, source) for x in self.own]
+        sizes = [s.numel() * x.element_size() for x, s in zip(self.own, shapes, strict=True)]
+        parts = zip(flat.split(sizes), shapes, self.own, strict=True)
         return [part.view(x.dtype).view(shape) for part, shape, x in parts]
 
 
@@ -66,19 +90,18 @@ def _play(
     group: dist.ProcessGroup | None,
     payload: _Flat,
     gradient: _Flat | None,
-    compute: Callable[[Block, list[Tensor], list[Tensor]], None],
-) -> list[Tensor]:
+    compute: Callable[[Block, Sequence[Tensor], Sequence[Tensor]], None],
+) -> None:
     """Go through the rounds: ``compute(block, held, sums)`` adds to ``sums`` in backward.
 
-    Returns the gradient of this rank's own payload, summed over all ranks.
+    The gradient of this rank's own payload, over all ranks, is added to ``gradient.own``.
     """
     rank = _rank(group)
     # What goes to the next node may take as long as the inner ring's whole turn.
     ring = payload.ring
     mail = Mailbox(group, payload.empty, rounds=2 if ring.node == ring.world else ring.node + 1)
     grad_mail = Mailbox(group, gradient.empty, tag=1) if gradient else None
-    held = {rank: payload.filled()}
-    own = gradient.empty(rank).zero_() if gradient else None
+    held = {rank: payload.filled(rank)}
     mail.announce(turns[0].payload)
     for number, turn in enumerate(turns):
         source = turn.source
@@ -87,35 +110,31 @@ def _play(
         for arrived in mail.take(source) if source != rank else ():
             held[source] = arrived
         mail.start(turn.payload, held.__getitem__)
-        sums = own
+        sums: dict[int, Tensor] = {}
         if gradient and grad_mail:
             grad_mail.announce(turn.grads)
             if source != rank:
-                sums = gradient.empty(source).zero_()
-        if turn.blocks and held[source].numel():
+                sums[source] = gradient.empty(source).zero_()
+        views: Sequence[Tensor] = payload.own
+        parts: Sequence[Tensor] = gradient.own if gradient else ()
+        if turn.blocks and source != rank:
             views = payload.views(held[source], source)
-            parts = gradient.views(sums, source) if gradient and sums is not None else []
+            parts = gradient.views(sums[source], source) if gradient else ()
+        if views[0].numel():  # a rank may have no heads
             for block in turn.blocks:
                 compute(block, views, parts)
-        if gradient and grad_mail and sums is not None:
+        if gradient and grad_mail:
             if source != rank:
-                _add(gradient, sums, grad_mail.take(source), source)
-            grad_mail.start(turn.grads, {source: sums}.__getitem__)
+                for part in grad_mail.take(source):
+                    gradient.join(sums[source], part, source)
+            grad_mail.start(turn.grads, sums.__getitem__)
         if source != rank:
             held.pop(source, None)
     mail.finish()
-    if not gradient or not grad_mail or own is None:
-        return []
-    _add(gradient, own, grad_mail.take(rank), rank)
-    grad_mail.finish()
-    return gradient.views(own, rank)
-
-
-def _add(gradient: _Flat, sums: Tensor, parts: list[Tensor], source: int) -> None:
-    for part in parts:
-        pairs = zip(gradient.views(sums, source), gradient.views(part, source), strict=True)
-        for total, share in pairs:
-            total += share
+    if gradient and grad_mail:
+        for part in grad_mail.take(rank):
+            gradient.add(part, rank)
+        grad_mail.finish()
 
 
 class RingAttention(torch.autograd.Function):
@@ -145,14 +164,14 @@ class RingAttention(torch.autograd.Function):
         out = q.new_zeros(size, dtype=wide).transpose(1, 2)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
 
-        def compute(block: Block, held: list[Tensor], _: list[Tensor]) -> None:
+        def compute(block: Block, held: Sequence[Tensor], _: Sequence[Tensor]) -> None:
             rows, columns = _cuts(block)
             kv = [x[:, :, columns] for x in held]
             run = Flipped(kernel) if block.flipped else kernel
             part = run.forward(q[:, :, rows], *kv, causal=block.causal, scale=scale)
             merge_(out[:, :, rows], lse[:, :, rows], *part)
 
-        payload = _Flat(early, (k[:, :, :count], v[:, :, :count]))
+        payload = _Flat(early, "kv", (k, v))
         _play(rounds(early, rank), group, payload, None, compute)
         if late is not None:
             out[:, :, count:], lse[:, :, count:] = late.out, late.lse
@@ -170,7 +189,9 @@ class RingAttention(torch.autograd.Function):
         kernel, scale = kernel_for(q, v), ctx.scale
         dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
 
-        def add(block: Block, query: list[Tensor], keys: list[Tensor], sums: list[Tensor]) -> None:
+        def add(
+            block: Block, query: list[Tensor], keys: Sequence[Tensor], sums: Sequence[Tensor]
+        ) -> None:
             """``query``: the block's rows of dout, q, out, lse; ``sums``: of dq, and dk, dv."""
             _, columns = _cuts(block)
             dout, q, out, lse = query
@@ -183,7 +204,7 @@ class RingAttention(torch.autograd.Function):
 
         if ctx.travels == "kv":
 
-            def compute_kv(block: Block, held: list[Tensor], sums: list[Tensor]) -> None:
+            def compute_kv(block: Block, held: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
                 rows, _ = _cuts(block)
                 add(
                     block,
@@ -192,19 +213,20 @@ class RingAttention(torch.autograd.Function):
                     [dq[:, :, rows], *sums],
                 )
 
-            dk, dv = _play(turns, group, _Flat(ring, (k, v)), _Flat(ring, (dk, dv)), compute_kv)
+            payload, gradient = _Flat(ring, "kv", (k, v)), _Flat(ring, "kv", (dk, dv))
+            _play(turns, group, payload, gradient, compute_kv)
         else:
             delta = (dout.to(wide) * out).sum(-1)
 
-            def compute_q(block: Block, held: list[Tensor], sums: list[Tensor]) -> None:
+            def compute_q(block: Block, held: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
                 lse, delta, q, dout = held
                 rows, _ = _cuts(block)
                 out = _stand_in(dout[:, :, rows], delta[:, :, rows], dout.dtype)
                 query = [dout[:, :, rows], q[:, :, rows], out, lse[:, :, rows]]
                 add(block, query, [k, v], [sums[0][:, :, rows], dk, dv])
 
-            payload = _Flat(ring, (lse, delta, q, dout))
-            (dq,) = _play(turns, group, payload, _Flat(ring, (dq,)), compute_q)
+            payload, gradient = _Flat(ring, "q", (lse, delta, q, dout)), _Flat(ring, "q", (dq,))
+            _play(turns, group, payload, gradient, compute_q)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
 
 

@@ -10,9 +10,8 @@ from longspan.cluster.spec import Cluster
 from longspan.errors import ClusterError
 from longspan.layout import Order
 from longspan.schedule.ops import Comm
-from longspan.schedule.ring import Ring
+from longspan.schedule.ring import Ring, imbalance, pairs
 from longspan.schedule.ring_tasks import AttentionKernels, ring_tasks
-from longspan.schedule.rounds import rounds
 
 __all__ = ["RingPrediction", "predict_ring"]
 
@@ -53,11 +52,7 @@ class RingPrediction:
     @cached_property
     def imbalance(self) -> float:
         """The busiest rank's query-key pairs over the mean; 1 is even."""
-        pairs = [
-            sum(block.pairs for turn in rounds(self.ring, rank) for block in turn.blocks)
-            for rank in range(self.ring.world)
-        ]
-        return max(pairs) * self.ring.world / sum(pairs)
+        return imbalance([pairs(self.ring, rank) for rank in range(self.ring.world)])
 
     @cached_property
     def utilisation(self) -> list[float]:

@@ -131,7 +131,10 @@ def ring(
         raise ConfigError(f"--trace {trace}: name it .jsonl, or .json for Chrome's viewer")
     chosen, where = Order.of(order), read_cluster(cluster)
     kernels = AttentionKernels(heads, kv_heads, head_dim)
-    found = {each: predict_ring(where, kernels, length, each, ranks) for each in Order}
+    if chosen is Order.BALANCED:
+        raise ConfigError("--order balanced is for packed documents; this is one, as in zigzag order")
+    orders: list[Order] = [each for each in Order if each is not Order.BALANCED]
+    found = {each: predict_ring(where, kernels, length, each, ranks) for each in orders}
     spans = found[chosen].timeline.spans() if timeline or trace else []
     if timeline:
         write_timeline(spans, timeline)
@@ -143,8 +146,8 @@ def ring(
         "head_dim": head_dim,
     }
     if as_json:
-        orders = {str(each): _figures(one) for each, one in found.items()}
-        print(json.dumps(settings | {"orders": orders}, indent=2))
+        figures = {str(each): _figures(one) for each, one in found.items()}
+        print(json.dumps(settings | {"orders": figures}, indent=2))
         return
     from rich.console import Console
 

@@ -1,6 +1,7 @@
 """Diagnose documents before training on them: a verdict from their lengths, and what to do next.
 
-Only the lengths are kept, eight bytes a document; the texts stream by.
+Only the lengths are kept, eight bytes a document; the texts stream by. Where tokenising all of them
+would take long, a sample is tokenised.
 """
 
 import shlex
@@ -13,6 +14,7 @@ import numpy as np
 
 from longspan.data.documents import batched, read_documents
 from longspan.data.lengths import Lengths
+from longspan.data.sample import Estimate, choose, estimate
 from longspan.data.tokens import Tokenizer
 from longspan.errors import ConfigError
 
@@ -25,7 +27,9 @@ _LONG = 8192
 class Diagnosis:
     """The lengths of the documents at ``source`` and what follows from them.
 
-    ``verdict`` has three lines; ``next_command`` can be typed as it stands.
+    ``verdict`` has three lines; ``next_command`` can be typed as it stands. ``tokenised``: of how
+    many documents the tokens were counted; of the others they are estimated, and ``intervals``
+    say how well (``data.sample``). ``characters`` is counted over all documents.
     """
 
     source: str
@@ -34,6 +38,9 @@ class Diagnosis:
     lengths: Lengths
     verdict: tuple[str, str, str]
     next_command: str
+    characters: int
+    tokenised: int
+    intervals: dict[str, tuple[int, int]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -43,24 +50,35 @@ class Diagnosis:
             "tokenizer": self.tokenizer,
             "verdict": list(self.verdict),
             "next_command": self.next_command,
+            "characters": self.characters,
+            "tokenised": self.tokenised,
+            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "lengths": self.lengths.to_dict(),
         }
 
 
 def diagnose(
-    path: Path, *, field: str = "text", tokenizer: Tokenizer, max_length: int
+    path: Path,
+    *,
+    field: str = "text",
+    tokenizer: Tokenizer,
+    max_length: int,
+    sample: int | None = None,
 ) -> Diagnosis:
     """Measure the documents at ``path`` in tokens of ``tokenizer``, as packed to ``max_length``.
 
-    Raises DataError for documents that can't be read or are all empty, ConfigError for a
-    ``max_length`` below 1.
+    With ``sample`` only about so many documents are tokenised, and the lengths of the others
+    estimated from their characters. Raises DataError for documents that can't be read or are all
+    empty, ConfigError for a ``max_length`` below 1.
     """
     if max_length < 1:
         raise ConfigError(f"max_length {max_length}: give at least 1")
-    found = array("q")
-    for texts in batched(read_documents(path, field)):
-        found.extend(tokenizer.count_many(texts))
-    lengths = Lengths.of(np.frombuffer(found, np.int64), max_length=max_length)
+    # Bytes are counted as fast as characters.
+    if sample is None or tokenizer.name == "bytes":
+        measured, characters = _counted(path, field, tokenizer)
+    else:
+        measured, characters = _sampled(path, field, tokenizer, sample)
+    lengths = Lengths.of(measured.lengths, max_length=max_length)
     return Diagnosis(
         source=str(path),
         field=field,
@@ -68,7 +86,29 @@ def diagnose(
         lengths=lengths,
         verdict=_verdict(lengths, "bytes" if tokenizer.name == "bytes" else "tokens"),
         next_command=_next_command(path, field, tokenizer, max_length),
+        characters=characters,
+        tokenised=measured.tokenised,
+        intervals=measured.intervals,
     )
+
+
+def _counted(path: Path, field: str, tokenizer: Tokenizer) -> tuple[Estimate, int]:
+    found, characters = array("q"), 0
+    for texts in batched(read_documents(path, field)):
+        found.extend(tokenizer.count_many(texts))
+        characters += sum(map(len, texts))
+    return Estimate(np.frombuffer(found, np.int64), len(found), {}), characters
+
+
+def _sampled(path: Path, field: str, tokenizer: Tokenizer, sample: int) -> tuple[Estimate, int]:
+    """All documents are read twice, to count their characters and to tokenise some."""
+    sizes = np.fromiter(map(len, read_documents(path, field)), np.int64)
+    taken = choose(sizes, sample)
+    wanted = set(taken.tolist())
+    texts = (text for at, text in enumerate(read_documents(path, field)) if at in wanted)
+    counts = [count for batch in batched(texts) for count in tokenizer.count_many(batch)]
+    found = estimate(sizes, dict(zip(taken.tolist(), counts, strict=True)))
+    return found, int(sizes.sum())
 
 
 def short(count: float) -> str:
@@ -110,4 +150,19 @@ def _next_command(path: Path, field: str, tokenizer: Tokenizer, max_length: int)
     usual = {"field": "text", "tokenizer": "bytes"}
     told = [f"data.{key}={value}" for key, value in settings.items() if usual.get(key) != value]
     told.append(f"data.max_length={max_length}")
-    return "longspan train config.yaml" + "".join(f" --set {shlex.quote(one)}" for one in told)
+    return "longspan train config.yaml" + "".join(f" --set {_quoted(one)}" for one in told)
+
+
+def _quoted(word: str) -> str:
+    """The word for a shell, without a character that could steer the terminal it is shown on."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = (
+        "\\" + char
+        if char in "\\'"
+        else char
+        if char.isprintable()
+        else "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", "surrogateescape"))
+        for char in word
+    )
+    return f"$'{''.join(escaped)}'"

@@ -7,6 +7,7 @@ of the sorted paths, and inside a file that of its lines or rows: the same on ev
 import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ _TEXT |= {".py", ".pyi", ".r", ".jl", ".lua", ".pl", ".rb", ".php", ".sh", ".bat
 _TEXT |= {".c", ".h", ".cc", ".hh", ".cpp", ".hpp", ".cxx", ".cu", ".cuh", ".m", ".cs", ".java"}
 _TEXT |= {".go", ".rs", ".zig", ".swift", ".kt", ".scala", ".js", ".jsx", ".ts", ".tsx", ".vue"}
 _TEXT |= {".hs", ".ml", ".lisp", ".clj", ".erl", ".ex", ".lean", ".f90"}
+_SPLIT = "split it into documents of at most 256 MiB"
 _MEND = "longspan reads text files (.txt, .md, .py, …), .jsonl and .parquet"
 _BATCH_ROWS = 64
+# One document is held whole, several times while it is decoded; more than this is a mistake.
+_LARGEST_BYTES = 1 << 28
 
 
 def find_files(path: Path) -> list[Path]:
@@ -118,6 +122,8 @@ def _read(path: Path, files: list[Path], field: str) -> Iterator[str]:
 
 
 def _text(file: Path) -> Iterator[str]:
+    if (size := file.stat().st_size) > _LARGEST_BYTES:
+        raise DataError(f"{file} is one document of {size:,} bytes: {_SPLIT}")
     data = file.read_bytes()
     if file.suffix.lower() not in _TEXT and b"\0" in data[:8192]:
         raise DataError(f"{file} is not text; {_MEND}")
@@ -126,10 +132,13 @@ def _text(file: Path) -> Iterator[str]:
 
 def _lines(file: Path, field: str) -> Iterator[str]:
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        bounded = iter(partial(lines.readline, _LARGEST_BYTES + 1), b"")
+        for number, line in enumerate(bounded, start=1):
+            where = f"{file}:{number}"
+            if len(line) > _LARGEST_BYTES:
+                raise DataError(f"{where}: a line of over {_LARGEST_BYTES:,} bytes; {_SPLIT}")
             if not (line := line.strip()):
                 continue
-            where = f"{file}:{number}"
             try:
                 # utf-8-sig passes over the mark that some editors put first.
                 row = json.loads(line.decode("utf-8-sig"))

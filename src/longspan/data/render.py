@@ -21,6 +21,7 @@ def render(diagnosis: Diagnosis) -> RenderableType:
     lengths = diagnosis.lengths
     return Group(
         *(Text(line, style="bold") for line in diagnosis.verdict),
+        *_sampling(diagnosis),
         Text(),
         _percentiles(lengths),
         Text(),
@@ -32,6 +33,17 @@ def render(diagnosis: Diagnosis) -> RenderableType:
         # A setting a line, so that a narrow terminal can't break the command when it is copied.
         Text(diagnosis.next_command.replace(" --set ", " \\\n  --set "), style="bold cyan"),
     )
+
+
+def _sampling(diagnosis: Diagnosis) -> list[Text]:
+    if not diagnosis.intervals:
+        return []
+    low, high = diagnosis.intervals["99"]
+    text = (
+        f"{diagnosis.tokenised:,} of {diagnosis.lengths.documents:,} documents were tokenised; the "
+        f"99th percentile is {low:,} to {high:,} (95 of 100 times). Exactly: --exact."
+    )
+    return [Text(), Text(text, style="dim")]
 
 
 def _percentiles(lengths: Lengths) -> Table:

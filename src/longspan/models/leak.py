@@ -60,7 +60,7 @@ def leak_probe(
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.vocab_size
     tokens = torch.randint(vocabulary, (ends[-1],), generator=generator)
-    own = positions(ends[-1], group.rank(), group.size(), order)
+    own = positions(ends[-1], group.rank(), group.size(), order, ends)
     middle, far = len(lengths) // 2, reach(model.config)
 
     def outputs(ids: torch.Tensor) -> torch.Tensor:

@@ -70,9 +70,10 @@ def patch(
 
     ``mesh``, ``order`` and ``inside`` are those of ``longspan.attend``.
 
-    Call the model with ``input_ids (B, S_local)``, this rank's tokens in ``order``, and
-    ``cu_seqlens``, the *global* document boundaries (none: one document). Position ids are set
-    from them where they aren't given. It returns the logits of the local tokens.
+    Call the model with ``input_ids (B, S_local)``, this rank's tokens in ``order`` (by
+    ``longspan.positions``), and ``cu_seqlens``, the *global* document boundaries (none: one
+    document). Position ids are set from them where they aren't given. It returns the logits of the
+    local tokens.
 
     With ``targets (B, S_local)``, what each local token should be followed by (-100: nothing), it
     returns instead the *sum* of their cross-entropies as ``loss``, in float32, and never makes the
@@ -214,7 +215,7 @@ def _sharded_arguments(
 def _positions_in_documents(
     documents: Sequence[int], group: dist.ProcessGroup, order: Order
 ) -> Tensor:
-    own = positions(documents[-1], group.rank(), group.size(), order)
+    own = positions(documents[-1], group.rank(), group.size(), order, documents)
     ends = torch.tensor(documents)
     return own - ends[torch.bucketize(own, ends, right=True) - 1]
 

@@ -9,9 +9,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from longspan.balance import balanced, piece
+
 __all__ = ["Batch"]
 
-_ORDERS = ("contiguous", "zigzag", "striped")
+_ORDERS = ("contiguous", "zigzag", "striped", "balanced")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,12 @@ class Batch:
             found = [range(rank, self.length, self.world)]
         elif self.order == "contiguous":
             found = [_piece(self.length, rank, self.world)]
+        elif self.order == "balanced":
+            found = [range(*span) for span in balanced(self.cu_seqlens, self.world)[rank]]
         else:
             pieces = 2 * self.world
             found = [_piece(self.length, i, pieces) for i in (rank, pieces - 1 - rank)]
-        return tuple(piece for piece in found if piece)
+        return tuple(held for held in found if held)
 
     def tokens(self, rank: int) -> int:
         """How many tokens ``rank`` holds."""
@@ -62,8 +66,8 @@ class Batch:
         """Pairs of query and key that causal attention inside documents gives ``rank``."""
         bounds = np.asarray(self.cu_seqlens, dtype=np.int64)
         pairs = 0
-        for piece in self.held(rank):
-            positions = np.arange(piece.start, piece.stop, piece.step, dtype=np.int64)
+        for held in self.held(rank):
+            positions = np.arange(held.start, held.stop, held.step, dtype=np.int64)
             starts = bounds[np.searchsorted(bounds, positions, side="right") - 1]
             pairs += int((positions - starts + 1).sum())
         return pairs
@@ -79,6 +83,5 @@ class Batch:
 
 
 def _piece(length: int, index: int, pieces: int) -> range:
-    share, longer = divmod(length, pieces)
-    start = index * share + min(index, longer)
-    return range(start, start + share + (index < longer))
+    start, count = piece(length, index, pieces)
+    return range(start, start + count)

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from unicodedata import east_asian_width
 
 from longspan.report.batch import Batch
 from longspan.report.svg import element, log_ticks, rect, text, ticks
@@ -77,7 +78,7 @@ def _legend(names: Sequence[tuple[str, str]], right: float, kind: str) -> str:
     """Names with a mark of their colour, ending at ``right``."""
     parts = []
     for name, hue in reversed(names):
-        right -= _CHAR * len(name)
+        right -= sum(12.0 if east_asian_width(char) in "WF" else _CHAR for char in name)
         parts.append(text(right, 11, name))
         parts.append(
             rect(right - 18, 6 if kind == "line" else 2, 13, 3 if kind == "line" else 10, hue)

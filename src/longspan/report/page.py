@@ -13,7 +13,7 @@ from longspan.report.summary import Summary, summarise
 from longspan.report.words import clean, count, duration, figure, percent, size
 from longspan.trace import read_trace
 
-__all__ = ["write_picture", "write_report"]
+__all__ = ["charts", "figures", "write_picture", "write_report"]
 
 _WIDTH = 860
 _ENVIRONMENT = {
@@ -74,8 +74,8 @@ def _page(summary: Summary, run: Path) -> str:
         light=Markup(svg.variables(svg.LIGHT)),
         dark=Markup(svg.variables(svg.DARK)),
         rules=Markup(svg.RULES),
-        charts=_charts(summary),
-        figures=_figures(summary),
+        charts=charts(summary),
+        figures=figures(summary),
         data=_facts(summary.data),
         exactness=_facts(summary.exactness),
         leak_probe=_facts(summary.leak_probe),
@@ -91,7 +91,8 @@ def _chart(height: float, title: str, description: str, drawn: str) -> Markup | 
     return Markup(svg.svg(_WIDTH, height, title, description, drawn)) if drawn else None
 
 
-def _charts(run: Summary) -> dict[str, Markup | None]:
+def charts(run: Summary) -> dict[str, Markup | None]:
+    """The page's charts as SVG, by name; None where there is nothing to draw."""
     speed = [Curve("tokens/s", run.speed, trail=True)]
     labels, bars = histogram(run)
     batch = run.batch
@@ -135,7 +136,8 @@ class _Facts(dict[str, float | None]):
         return None
 
 
-def _figures(run: Summary) -> list[tuple[str, str]]:
+def figures(run: Summary) -> list[tuple[str, str]]:
+    """The run's figures in words: (name, value)."""
     best = run.best_validation
     return [
         ("steps", count(run.steps)),

@@ -5,16 +5,15 @@ nothing but full and lower triangular squares. When blocks are computed, and wha
 is told by ``schedule.rounds``.
 """
 
-import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from longspan.errors import LayoutError
-from longspan.layout import Order, Run, place_runs
+from longspan.layout import Order, Run, check_documents, place_runs
 
-__all__ = ["Block", "Ring", "blocks", "tokens"]
+__all__ = ["Block", "Ring", "blocks", "imbalance", "pairs", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +45,7 @@ class Ring:
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        ends = self.documents
-        if not ends or ends[0] != 0 or ends[-1] != self.length:
-            raise LayoutError(
-                f"cu_seqlens must start at 0 and end at the sequence's {self.length} tokens"
-            )
-        if any(end < start for start, end in itertools.pairwise(ends)):
-            raise LayoutError("cu_seqlens must not descend")
+        check_documents(self.documents, self.length)
         if self.window is not None and self.window < 1:
             raise LayoutError(f"a window of {self.window} sees nothing: use 1 or more, or None")
         if self.window is not None and not self.causal:
@@ -108,7 +101,7 @@ class _Piece:
 def _pieces(ring: Ring, rank: int) -> tuple[_Piece, ...]:
     found = []
     ends = ring.documents
-    for run in place_runs(ring.length, rank, ring.world, ring.width, ring.order):
+    for run in place_runs(ring.length, rank, ring.world, ring.width, ring.order, ends):
         done, total = 0, run.count
         if ring.stop is not None:
             total = min(total, -(-(ring.stop - run.start) // run.stride))
@@ -213,3 +206,13 @@ def blocks(ring: Ring, q_rank: int, kv_rank: int) -> tuple[Block, ...]:
 def tokens(ring: Ring, rank: int) -> int:
     """How many tokens of a rank take part: its first ones."""
     return sum(piece.run.count for piece in _pieces(ring, rank))
+
+
+def pairs(ring: Ring, rank: int) -> int:
+    """Query-key pairs that a rank's queries see on all ranks: its work in attention."""
+    return sum(block.pairs for other in range(ring.world) for block in blocks(ring, rank, other))
+
+
+def imbalance(work: Sequence[int]) -> float:
+    """The busiest rank's work over the mean; 1 is even."""
+    return max(work) * len(work) / max(1, sum(work))

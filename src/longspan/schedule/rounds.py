@@ -4,22 +4,25 @@ Forward hands keys and values around. Backward either does so again, their gradi
 behind, or keeps them and hands around the queries with what belongs to them (BurstAttention, arXiv
 2403.09347, section 3.1), whichever is fewer bytes. A rank's share of the gradient of what is its
 own never leaves it; the others' shares are summed on the way, and sent home by the last that has
-one. Nothing goes to where nobody further on has a use for it.
+one. Of a rank's tokens only those travel that another rank needs, and they go straight from one
+that needs any of them to the next.
 
 On ranks in several nodes the rings are two (BurstEngine, arXiv 2509.19836, section 3.1): each
 payload goes from node to node once, from a rank to the one in its place, while inside the nodes
 inner rings turn. A round's number is outer hop × ranks of a node + inner hop.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Literal
 
 from longspan.schedule.ops import Comm
-from longspan.schedule.ring import Block, Ring, blocks, tokens
+from longspan.schedule.ring import Block, Ring, blocks
 
-__all__ = ["Round", "Transfer", "Travels", "cheapest", "comms", "rounds"]
+__all__ = ["Round", "Transfer", "Travels", "cheapest", "comms", "rounds", "travelling"]
 
 Travels = Literal["kv", "q"]
 
@@ -38,9 +41,10 @@ class Transfer:
 class Round:
     """One rank's round: the blocks it computes with what is rank ``source``'s.
 
-    ``payload`` is under way while it computes, ``grads`` (backward only) starts when it has
-    computed; both name what this rank sends and what it receives. What it receives of ``source``
-    it received in a round before this one.
+    Of its own tokens a rank has all, of another's those that travel: on that side the indices of
+    ``blocks`` count what it has. ``payload`` is under way while it computes, ``grads`` (backward
+    only) starts when it has computed; both name what this rank sends and what it receives. What it
+    receives of ``source`` it received in a round before this one.
     """
 
     source: int
@@ -88,25 +92,27 @@ class _Travel:
     def transfers(self, source: int) -> Iterator[tuple[int, bool, Transfer]]:
         """(round, whether it is a gradient, transfer) of all that is sent for one source."""
         ring, kv = self.ring, self.travels == "kv"
-        weight = tokens(ring, source) * (ring.kv_bytes if kv else ring.q_bytes)
-        grad_weight = tokens(ring, source) * (ring.grad_bytes if kv else ring.dq_bytes)
+        count = sum(stop - start for start, stop in travelling(ring, source, self.travels))
+        weight = count * (ring.kv_bytes if kv else ring.q_bytes)
+        grad_weight = count * (ring.grad_bytes if kv else ring.dq_bytes)
         needs = [self.needs(source, outer) for outer in range(self.nodes)]
-        last = max((outer for outer in range(self.nodes) if needs[outer]), default=0)
+        stops = [outer for outer in range(self.nodes) if needs[outer] or outer == 0]
         away_from_home: tuple[int, int] | None = (
             None  # where the other nodes' sum waits, since when
         )
-        for outer in range(last + 1):
+        for outer, further in zip_longest(stops, stops[1:]):
             start = outer * ring.node
-            if outer < last:
-                ends = (self.holder(source, outer, 0), self.holder(source, outer + 1, 0))
+            if further:
+                ends = (self.holder(source, outer, 0), self.holder(source, further, 0))
                 yield start, False, Transfer(*ends, source, weight)
-            farthest = max(needs[outer], default=0)
+            hops = sorted({0, *needs[outer]})
+            farthest = hops[-1]
             shared = False
-            for inner in range(farthest + 1):
+            for inner, next_inner in zip_longest(hops, hops[1:]):
                 here = self.holder(source, outer, inner)
                 shared = shared or (inner in needs[outer] and here != source)
-                if inner < farthest:
-                    there = self.holder(source, outer, inner + 1)
+                if next_inner:
+                    there = self.holder(source, outer, next_inner)
                     yield start + inner, False, Transfer(here, there, source, weight)
                     if shared:
                         grad = Transfer(here, there, source, grad_weight)
@@ -124,6 +130,42 @@ class _Travel:
         if away_from_home:
             when, where = away_from_home
             yield when, True, Transfer(where, source, source, grad_weight)
+
+
+@lru_cache(maxsize=1 << 12)
+def travelling(ring: Ring, source: int, travels: Travels) -> tuple[tuple[int, int], ...]:
+    """Which of a rank's tokens others need, as spans [start, stop) of their indices, ascending."""
+    spans = sorted(
+        (block.kv_start, block.kv_stop) if travels == "kv" else (block.q_start, block.q_stop)
+        for other in range(ring.world)
+        for block in (
+            blocks(ring, other, source) if travels == "kv" else blocks(ring, source, other)
+        )
+        if other != source
+    )
+    found: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return tuple(found)
+
+
+def _unpacked(ring: Ring, seen: Iterable[Block], source: int, travels: Travels) -> Iterator[Block]:
+    """The blocks, their indices of the source's tokens as they are among those that travel."""
+    starts, before = [], [0]
+    for start, stop in travelling(ring, source, travels):
+        starts.append(start)
+        before.append(before[-1] + stop - start)
+    for block in seen:
+        first = block.kv_start if travels == "kv" else block.q_start
+        span = bisect_right(starts, first) - 1
+        gone = starts[span] - before[span]
+        if travels == "kv":
+            yield replace(block, kv_start=first - gone, kv_stop=block.kv_stop - gone)
+        else:
+            yield replace(block, q_start=first - gone, q_stop=block.q_stop - gone)
 
 
 @lru_cache(maxsize=128)
@@ -150,6 +192,8 @@ def rounds(
     for number, (payload, grads) in enumerate(_by_rank(ring, travel.travels)[rank]):
         source = travel.source(rank, *divmod(number, ring.node))
         seen = travel.seen(rank, source)
+        if source != rank:
+            seen = tuple(_unpacked(ring, seen, source, travel.travels))
         found.append(Round(source, seen, tuple(payload), tuple(grads) if backward else ()))
     return tuple(found)
 

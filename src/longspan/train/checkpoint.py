@@ -5,7 +5,6 @@ all that isn't a tensor, and ``manifest.json`` with the sha256 of each, written 
 read by any number of ranks.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -34,12 +33,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from longspan.comm.agree import first_words
 from longspan.errors import CheckpointError
+from longspan.train.manifest import MANIFEST, damage, sha256
 
-__all__ = ["Progress", "damage", "load_newest", "save"]
+__all__ = ["Progress", "load_newest", "save"]
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 _State = dict[str, Any]
-_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -118,22 +117,6 @@ def load_newest(
     return Progress(**state), refused
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if every byte is as it was written."""
-    try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
-        hashes = dict(manifest["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{_MANIFEST} is missing or can't be read"
-    for name, expected in hashes.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if _sha256(file) != expected:
-            return f"{name} isn't what was written (sha256 differs)"
-    return None
-
-
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[_State, _State]:
     """Weights and optimizer state by name; the tensors are the live ones."""
     weights, moments = get_state_dict(model, optimizer, options=_FLAT)
@@ -190,18 +173,13 @@ def _seal(folder: Path) -> None:
     hashes = {}
     for file in _files(folder):
         _fsync(file)
-        hashes[file.name] = _sha256(file)
-    _write(folder / _MANIFEST, {"sha256": hashes})
+        hashes[file.name] = sha256(file)
+    _write(folder / MANIFEST, {"sha256": hashes})
     _fsync(folder)
 
 
 def _files(folder: Path) -> Iterator[Path]:
     return (file for file in sorted(folder.iterdir()) if file.is_file())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write(file: Path, values: dict[str, Any]) -> None:

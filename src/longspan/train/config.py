@@ -58,8 +58,9 @@ class Parallel(_Section):
     """How sequences are spread; what isn't sequence parallel is data parallel."""
 
     sp: int | None = Field(None, ge=1, description="Ranks that share a sequence; none: all.")
-    order: Literal["contiguous", "zigzag", "striped"] = Field(
-        "zigzag", description="Which tokens of a sequence a rank holds."
+    order: Literal["contiguous", "zigzag", "striped", "balanced"] = Field(
+        "zigzag",
+        description="Which tokens of a sequence a rank holds; balanced: by its documents.",
     )
 
 

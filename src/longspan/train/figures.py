@@ -11,8 +11,8 @@ from longspan.attention.ring import accumulation_dtype
 from longspan.data.packing import PackedSequence
 from longspan.layout import Order
 from longspan.models.windows import layer_windows
-from longspan.schedule.ring import Ring
-from longspan.schedule.rounds import comms, rounds
+from longspan.schedule.ring import Ring, imbalance, pairs, tokens
+from longspan.schedule.rounds import comms
 
 __all__ = ["ring_figures"]
 
@@ -26,7 +26,8 @@ def ring_figures(
 ) -> dict[str, float]:
     """Of the sequences of one sequence-parallel group, forward and backward, over all layers.
 
-    ``attention_imbalance``: the busiest rank's query-key pairs over the mean (1 is even).
+    ``attention_imbalance``: the busiest rank's query-key pairs over the mean (1 is even);
+    ``token_imbalance``: its tokens, which all other work and memory grow with.
     ``ring_bytes``: bytes that its ranks send each other.
     """
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
@@ -35,7 +36,7 @@ def ring_figures(
     k_dim, v_dim = (getattr(model, name, None) for name in ("qk_head_dim", "v_head_dim"))
     numbers = heads * ((k_dim or head_dim) + (v_dim or head_dim))
     windows = Counter(layer_windows(model))
-    pairs, sent = [0] * world, 0
+    work, held, sent = [0] * world, [0] * world, 0
     for sequence, (window, layers) in product(sequences, windows.items()):
         ring = Ring(
             length=len(sequence.tokens),
@@ -48,9 +49,12 @@ def ring_figures(
             window=window,
         )
         for rank in range(world):
-            turns = rounds(ring, rank)
-            pairs[rank] += layers * sum(block.pairs for turn in turns for block in turn.blocks)
+            work[rank] += layers * pairs(ring, rank)
+            held[rank] += layers * tokens(ring, rank)
             ops = (*comms(ring, rank), *comms(ring, rank, backward=True))
             sent += layers * sum(op.sent_bytes(rank) for op in ops)
-    imbalance = max(pairs) * world / max(1, sum(pairs))
-    return {"attention_imbalance": imbalance, "ring_bytes": float(sent)}
+    return {
+        "attention_imbalance": imbalance(work),
+        "token_imbalance": imbalance(held),
+        "ring_bytes": float(sent),
+    }

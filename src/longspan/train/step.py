@@ -30,14 +30,14 @@ class StepRunner:
 
     def loss_sum(self, sequence: PackedSequence) -> Tensor:
         """The summed cross-entropy of this rank's tokens of one sequence, in float32."""
-        length = len(sequence.tokens)
-        own = positions(length, self.sp.rank(), self.sp.size(), self.order)
+        ends = sequence.cu_seqlens.tolist()
+        own = positions(ends[-1], self.sp.rank(), self.sp.size(), self.order, ends)
         tokens = torch.from_numpy(sequence.tokens)[own].to(self.device)
         targets = torch.from_numpy(sequence.targets)[own].to(self.device)
         loss: Tensor = self.model(
             input_ids=tokens[None],
             targets=targets[None],
-            cu_seqlens=sequence.cu_seqlens.tolist(),
+            cu_seqlens=ends,
         ).loss
         return loss
 
