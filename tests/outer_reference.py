@@ -16,7 +16,9 @@ from longspan.schedule.outer import Send, fragments
 class Tiny(nn.Module):
     """An embedding, five layers, a head."""
 
-    def __init__(self, layers: int = 5, width: int = 12, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, layers: int = 5, width: int = 12, dtype: torch.dtype = torch.float64
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(17, width, dtype=dtype)
         self.layers = nn.ModuleList(nn.Linear(width, width, dtype=dtype) for _ in range(layers))
@@ -29,9 +31,14 @@ class Tiny(nn.Module):
         return nn.functional.cross_entropy(self.head(x), (tokens * 5 + 3) % 17)
 
 
-def tiny(seed: int = 0, **sizes: Any) -> Tiny:
-    torch.manual_seed(seed)
-    return Tiny(**sizes)
+_SEEDING = threading.Lock()
+
+
+def tiny(**sizes: Any) -> Tiny:
+    """The same at every call, also from several threads."""
+    with _SEEDING:
+        torch.manual_seed(0)
+        return Tiny(**sizes)
 
 
 def batch(site: int, step: int) -> Tensor:
@@ -106,9 +113,13 @@ def reference(
             rests = []
             for site, site_model in enumerate(models):
                 own = dict(site_model.named_parameters())
-                delta = torch.cat([(theta[n] - own[n]).detach().ravel() for n in pieces[k].parameters])
+                delta = torch.cat(
+                    [(theta[n] - own[n]).detach().ravel() for n in pieces[k].parameters]
+                )
                 delta = delta + kept[site][k]
-                codes = torch.zeros(codec(name).wire_bytes(len(delta), delta.dtype), dtype=torch.uint8)
+                codes = torch.zeros(
+                    codec(name).wire_bytes(len(delta), delta.dtype), dtype=torch.uint8
+                )
                 codec(name).encode(delta, codes)
                 decoded = torch.empty_like(delta)
                 codec(name).decode(codes, decoded)

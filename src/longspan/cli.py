@@ -10,6 +10,7 @@ import typer
 from longspan.commands.checkpoints import export, verify
 from longspan.commands.doctor import doctor
 from longspan.commands.emit import emit
+from longspan.commands.plan_sites import plan_sites
 from longspan.commands.report import report
 from longspan.commands.simulate import app as simulate
 from longspan.commands.watch import watch
@@ -34,6 +35,7 @@ app.command()(watch)
 app.command()(report)
 app.command()(verify)
 app.command()(export)
+app.command()(plan_sites)
 
 
 @app.command()

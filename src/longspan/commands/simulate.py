@@ -132,7 +132,9 @@ def ring(
     chosen, where = Order.of(order), read_cluster(cluster)
     kernels = AttentionKernels(heads, kv_heads, head_dim)
     if chosen is Order.BALANCED:
-        raise ConfigError("--order balanced is for packed documents; this is one, as in zigzag order")
+        raise ConfigError(
+            "--order balanced is for packed documents; this is one, as in zigzag order"
+        )
     orders: list[Order] = [each for each in Order if each is not Order.BALANCED]
     found = {each: predict_ring(where, kernels, length, each, ranks) for each in orders}
     spans = found[chosen].timeline.spans() if timeline or trace else []

@@ -1,6 +1,6 @@
 """The global copy of a fragment, and the outer optimizer that moves it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,16 @@ class Held:
             }
             if state:
                 self.optimizer.state[leaf] = state
+
+    def empty(self, name: str, size: Sequence[int]) -> Tensor:
+        """A tensor to read into: a parameter's shape is sharded as it is."""
+        parameter = self.parameters[name]
+        if tuple(size) != tuple(parameter.shape):
+            return torch.empty(tuple(size))
+        return self._like(
+            name,
+            torch.empty(local(parameter).shape, dtype=self.flat.dtype, device=self.flat.device),
+        )
 
     def _like(self, name: str, view: Tensor) -> Tensor:
         parameter = self.parameters[name]

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from longspan.errors import DivergenceError
 
-__all__ = ["HEADER_BYTES", "Header", "checksum", "check_headers", "read_header", "write_header"]
+__all__ = ["HEADER_BYTES", "Header", "check_headers", "checksum", "read_header", "write_header"]
 
 HEADER_BYTES = 64
-_FORMAT = struct.Struct("<8s8s4qQd")
+_FORMAT = struct.Struct("<4s8s4qQd?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Header:
     """About a message: turns are exchanges of any fragment, rounds are a fragment's merges.
 
     ``checksum`` is that of the global fragment which the outer gradient starts from; ``tokens``
-    were trained on since then.
+    were trained on since then. ``stop``: the site wishes to.
     """
 
     codec: str
@@ -29,6 +29,7 @@ class Header:
     numel: int
     checksum: int
     tokens: float
+    stop: bool
 
 
 def checksum(values: Tensor) -> int:
@@ -39,14 +40,15 @@ def checksum(values: Tensor) -> int:
 def write_header(message: Tensor, header: Header) -> None:
     """Write it into the first bytes of a message (uint8)."""
     name, *numbers = astuple(header)
-    packed = _FORMAT.pack(b"longspan", name.encode(), *numbers)
-    message[:HEADER_BYTES] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    packed = _FORMAT.pack(b"lspn", name.encode(), *numbers)
+    filled = bytearray(packed.ljust(HEADER_BYTES, b"\0"))
+    message[:HEADER_BYTES] = torch.frombuffer(filled, dtype=torch.uint8)
 
 
 def read_header(message: Tensor) -> Header:
     """Read it; raises DivergenceError if there is none."""
-    magic, name, *numbers = _FORMAT.unpack(bytes(message[:HEADER_BYTES].tolist()))
-    if magic != b"longspan":
+    magic, name, *numbers = _FORMAT.unpack_from(bytes(message[:HEADER_BYTES].tolist()))
+    if magic != b"lspn":
         raise DivergenceError("a site sent no outer gradient: all must run the same version")
     return Header(name.rstrip(b"\0").decode(), *numbers)
 
@@ -57,7 +59,7 @@ def check_headers(headers: list[Header], fragment: str) -> None:
     for site, other in enumerate(headers[1:], 1):
         for one in fields(Header):
             ours, theirs = getattr(first, one.name), getattr(other, one.name)
-            if ours == theirs or one.name == "tokens":
+            if ours == theirs or one.name in ("tokens", "stop"):
                 continue
             if one.name == "checksum":
                 raise DivergenceError(

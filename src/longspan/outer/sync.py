@@ -35,13 +35,14 @@ class OuterFigures:
 
     ``wait_s``: for exchanges that weren't back in time. ``cosine``: the mean over pairs of sites
     of the cosine between their outer gradients, one value a merge. ``lost``: exchanges that
-    failed.
+    failed. ``stop``: a site wishes to, and all hear of it in the same merge.
     """
 
     sent_bytes: int = 0
     wait_s: float = 0.0
     cosine: list[float] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    stop: bool = False
 
 
 @dataclass
@@ -53,6 +54,7 @@ class _Flight:
     mean: Tensor | None = None
     rest: Tensor | None = None  # what the codes leave out of Δ, for error feedback
     cosine: float = 1.0
+    stop: bool = False
 
 
 class OuterSync:
@@ -97,9 +99,7 @@ class OuterSync:
         due(1, len(fragments), sync_every, delay)  # refuses what can't be
 
         def nesterov(leaves: Any) -> torch.optim.Optimizer:
-            return torch.optim.SGD(
-                leaves, lr=outer_lr, momentum=momentum, nesterov=momentum > 0
-            )
+            return torch.optim.SGD(leaves, lr=outer_lr, momentum=momentum, nesterov=momentum > 0)
 
         self.every, self.delay, self._mix = sync_every, delay, mix
         self._module, self._average, self._weight = module, average, weight
@@ -109,18 +109,22 @@ class OuterSync:
         self._rest: dict[int, Tensor] = {}
         self._flying: dict[int, _Flight] = {}
         self._step = self._turn = 0
+        self._stop = False
         self._rounds = [0] * len(fragments)
         self._tokens = [0.0] * len(fragments)
 
     @torch.no_grad()
-    def step(self, tokens: float | None = None) -> OuterFigures:
+    def step(self, tokens: float | None = None, stop: bool = False) -> OuterFigures:
         """What is due after an inner step, trained on ``tokens`` (``weight``, if not said).
+
+        ``stop``: tell the other sites that this one wishes to stop.
 
         Raises ModelError if an outer gradient isn't finite, DivergenceError if the sites have
         drifted apart. An exchange that fails leaves its fragment as it was, until its next turn.
         """
         self._step += 1
         self._tokens = [had + (self._weight if tokens is None else tokens) for had in self._tokens]
+        self._stop = self._stop or stop
         figures = OuterFigures()
         for event in due(self._step, len(self._held), self.every, self.delay):
             match event:
@@ -200,6 +204,19 @@ class OuterSync:
                     rest=held.flat_of(_under(state, "next_rest.")),
                 )
 
+    def places(self, sizes: dict[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Empty tensors, sharded as they are to be, to read a saved ``state_dict()`` into.
+
+        ``sizes``: of its tensors as they are whole.
+        """
+        owner = {name: held for held in self._held for name in held.parameters}
+        found = {}
+        for name, size in sizes.items():
+            parts = 2 if name.startswith("optimizer.") else 1  # optimizer.key.parameter
+            parameter = name.split(".", parts)[-1]
+            found[name] = owner[parameter].empty(parameter, size)
+        return found
+
     def _send(self, place: int, figures: OuterFigures) -> None:
         held, turn = self._held[place], self._turn
         self._turn += 1
@@ -216,7 +233,7 @@ class OuterSync:
         tokens = self._tokens[place]
         header = Header(
             *(self._codec_name, turn, place, self._rounds[place], delta.numel()),
-            *(held.checksum(), tokens),
+            *(held.checksum(), tokens, self._stop),
         )
         write_header(message, header)
         if self._error_feedback:
@@ -243,6 +260,7 @@ class OuterSync:
         headers = [read_header(message) for message in messages]
         check_headers(headers, held.name)
         flight.mean, flight.cosine = self._mean(held, messages, [h.tokens for h in headers])
+        flight.stop = any(header.stop for header in headers)
         flight.work = None
 
     def _mean(
@@ -274,6 +292,7 @@ class OuterSync:
         self._rounds[place] += 1
         self._tokens[place] -= flight.tokens
         figures.cosine.append(flight.cosine)
+        figures.stop = figures.stop or flight.stop
 
     @torch.no_grad()
     def _swap(self, flats: list[Tensor]) -> None:

@@ -45,9 +45,9 @@ def exactness(runner: StepRunner, batches: Batches, config: Config, dp: int) -> 
     """
     cursor = batches.most_mixed(dp)
     shares = [batches.step(cursor, rank, dp) for rank in range(dp)]
-    own = shares[dist.get_rank() // runner.sp.size()]
+    own = shares[runner.site.rank() // runner.sp.size()]
     with evaluating(runner.model):
-        (loss,) = summed(runner.gradients(own))
+        (loss,) = summed(runner.site, runner.gradients(own))
     gradients = {name: _whole(p.grad) for name, p in runner.model.named_parameters()}
     weights = {name: _whole(tensor) for name, tensor in runner.model.state_dict().items()}
     runner.model.zero_grad()

@@ -1,5 +1,6 @@
 """Finds what would go wrong in a run before any process is started."""
 
+from longspan.comm.mesh import ranks_of_a_site
 from longspan.errors import ConfigError
 from longspan.models.transformers import check_model
 from longspan.train.batches import Batches
@@ -17,16 +18,12 @@ def inspect(config: Config, world: int, local_world: int) -> None:
 
     Raises the LongspanError of the first thing that is wrong.
     """
-    sp = config.parallel.sp or world
-    if world % sp:
-        raise ConfigError(
-            f"parallel.sp is {sp}, which doesn't divide {world} processes: change one of them"
-        )
+    inside = ranks_of_a_site(world, config.parallel.sp, config.outer.sites)
     batches = Batches(config)
-    batches.check(world // sp)
+    batches.check(world // (config.parallel.sp or inside))
     model = build_model(config, batches.tokenizer.vocab_size, "meta")
     check_model(model)
-    check_memory(config, model.config, batches.longest, world, device_memory_bytes(local_world))
+    check_memory(config, model.config, batches.longest, inside, device_memory_bytes(local_world))
     _check_kept(config)
 
 

@@ -11,12 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from longspan.comm.mesh import make_mesh
 from longspan.data.lengths import Lengths
 from longspan.models.leak import leak_probe
+from longspan.outer.sync import OuterSync
 from longspan.train.batches import Batches
 from longspan.train.config import Config
 from longspan.train.exactness import exactness
 from longspan.train.optimize import make_optimizer
 from longspan.train.parallelize import build_model, parallelize
 from longspan.train.record import Recorder
+from longspan.train.sites import make_outer
 from longspan.train.step import StepRunner
 
 __all__ = ["Job", "make_job", "prove"]
@@ -32,10 +34,16 @@ class Job:
     runner: StepRunner
     optimizer: torch.optim.Optimizer
     recorder: Recorder
+    outer: OuterSync | None
+
+    @property
+    def site(self) -> int:
+        """Which of the sites this rank is at."""
+        return self.mesh["replica"].get_local_rank() if self.outer else 0
 
     @property
     def dp(self) -> int:
-        """How many sequences are trained on at once."""
+        """How many sequences a site trains on at once."""
         return self.mesh["dp"].size()
 
     @property
@@ -47,9 +55,9 @@ class Job:
 def make_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
     """Build everything on this rank; the process group must stand."""
     world = dist.get_world_size()
-    mesh = make_mesh(world, config.parallel.sp or world, device.type)
+    mesh = make_mesh(world, config.parallel.sp, device.type, config.outer.sites)
     batches = Batches(config)
-    batches.check(mesh["dp"].size())
+    batches.check(mesh["dp"].size() * config.outer.sites)
     model = build_model(config, batches.tokenizer.vocab_size, device)
     parameters = model.num_parameters()
     parallelize(model, config, mesh)
@@ -62,6 +70,7 @@ def make_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
         StepRunner(model, mesh, config.parallel.order),
         make_optimizer(model, config.optimizer),
         recorder,
+        make_outer(config, model, mesh),
     )
 
 
@@ -103,6 +112,8 @@ def _describe(
             "steps": config.train.steps,
         },
     )
+    if config.outer.sites > 1:
+        recorder.note("outer", config.outer.model_dump(mode="json"))
     lengths = Lengths.of(batches.store.lengths, max_length=config.data.max_length)
     recorder.note(
         "data",

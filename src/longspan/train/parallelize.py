@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from longspan.comm.mesh import site_mesh
 from longspan.comm.rings import use_rings
 from longspan.errors import ConfigError
 from longspan.models.checkpointing import checkpoint_layers
@@ -63,7 +63,7 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str) -> 
 
 
 def parallelize(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> PreTrainedModel:
-    """Patch the attention onto the mesh's ``sp`` and shard the parameters over all ranks (FSDP2).
+    """Patch the attention onto the mesh's ``sp`` and shard the parameters (FSDP2) over a site.
 
     Layers are recomputed in backward if the config says so.
 
@@ -76,7 +76,7 @@ def parallelize(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Pre
             checkpoint_layers(model)
         case "selective":
             checkpoint_layers(model, attention_kept=config.train.attention_kept)
-    everyone = init_device_mesh(mesh.device_type, (dist.get_world_size(),))
+    everyone = site_mesh(mesh)
     precision: dict[str, Any] = {}
     if config.train.dtype == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
