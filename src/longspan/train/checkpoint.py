@@ -8,7 +8,7 @@ read by any number of ranks.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -191,7 +191,9 @@ def _restore(
     tensors = {name: t for name, t in tensors.items() if name in stored or "rng." not in name}
     if outer and agreed:
         sizes = {n.removeprefix("outer."): m for n, m in stored.items() if n.startswith("outer.")}
-        whole = {n: m.size for n, m in sizes.items() if isinstance(m, TensorStorageMetadata)}
+        whole: dict[str, Sequence[int]] = {
+            n: m.size for n, m in sizes.items() if isinstance(m, TensorStorageMetadata)
+        }
         places = outer.places(whole)
         tensors |= {f"outer.{name}": tensor for name, tensor in places.items()}
     load(tensors, storage_reader=reader, process_group=group)

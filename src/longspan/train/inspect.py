@@ -40,8 +40,8 @@ def _check_mode(config: Config, world: int) -> None:
     ways, train = config.parallel, config.train
     if config.outer.sites > 1 and (ways.mode != "fixed" or ways.sharding not in ("auto", "world")):
         raise ConfigError(
-            "outer.sites is more than 1: a site's parameters are spread over all its ranks, and its "
-            "steps aren't planned; leave parallel.mode and parallel.sharding out"
+            "outer.sites is more than 1: a site spreads its parameters over all its ranks, and "
+            "its steps aren't planned; leave parallel.mode and parallel.sharding out"
         )
     if ways.mode == "fixed":
         if train.global_batch is not None:
