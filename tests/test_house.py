@@ -35,7 +35,7 @@ FLOORS = {
     "commands": 8,
     "cli": 9,
 }
-WINGS = ({"cluster", "planner"}, {"comm", "attention", "models"})
+WINGS = ({"cluster", "planner"}, {"comm", "attention", "models", "outer"})
 LAZY = {"cli", "integrations"}
 
 

@@ -12,6 +12,7 @@ from longspan.commands.doctor import doctor
 from longspan.commands.emit import emit
 from longspan.commands.plan_batches import plan_batches
 from longspan.commands.plan_layers import plan_layers
+from longspan.commands.plan_sites import plan_sites
 from longspan.commands.plan_stages import plan_stages
 from longspan.commands.poc import poc
 from longspan.commands.report import report
@@ -42,6 +43,7 @@ app.command()(verify)
 app.command()(export)
 app.command()(plan_stages)
 app.command(name="plan-layers")(plan_layers)
+app.command()(plan_sites)
 
 
 @app.command()

@@ -14,7 +14,9 @@ line and exits with code 2.
     ├── PlanError         a batch can't be planned, or its planner fails
     ├── MemoryLimitError  the job doesn't fit the device
     ├── LabError          the emulated cluster can't be built, reached or run
-    └── CheckpointError   a checkpoint is missing, damaged or of another run
+    ├── CheckpointError   a checkpoint is missing, damaged or of another run
+    ├── ExchangeError     an exchange between sites failed or took too long
+    └── DivergenceError   sites that must agree don't
 """
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "ClusterError",
     "ConfigError",
     "DataError",
+    "DivergenceError",
+    "ExchangeError",
     "LabError",
     "LayoutError",
     "LeakError",
@@ -79,3 +83,11 @@ class LabError(LongspanError):
 
 class CheckpointError(LongspanError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class ExchangeError(LongspanError):
+    """An exchange between sites failed, or took too long."""
+
+
+class DivergenceError(LongspanError):
+    """Sites that must agree don't: they have drifted apart, or were set up differently."""

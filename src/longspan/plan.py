@@ -18,6 +18,7 @@ __all__ = [
     "LayerChoice",
     "LayerPlan",
     "MicroBatch",
+    "SitePlan",
     "StagePlan",
     "StageRival",
     "StageRow",
@@ -178,6 +179,33 @@ class LayerPlan:
     memory_bytes: int
     alternatives: dict[str, float]
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """How a model is trained at several sites (Streaming DiLoCo, arXiv 2501.18512).
+
+    ``method``: data-parallel where that keeps the devices at work, else streaming with the
+    settings that follow. ``utilisation``: the share of the time that devices compute.
+    ``mean_gbit_per_s`` and ``peak_gbit_per_s``: what a site sends over all, and while the largest
+    fragment is under way if that is to be back in time. ``data_parallel_gbit_per_s``: the link
+    that data-parallel training would need for the utilisation that was asked for.
+    """
+
+    method: Literal["data-parallel", "streaming"]
+    sites: int
+    sync_every: int
+    delay: int
+    fragment_layers: int
+    fragments: int
+    codec: str
+    outer_lr: float
+    utilisation: float
+    mean_gbit_per_s: float
+    peak_gbit_per_s: float
+    link_gbit_per_s: float
+    data_parallel_utilisation: float
+    data_parallel_gbit_per_s: float
 
 
 def write_plan(plan: Any, path: Path) -> None:

@@ -9,7 +9,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longspan.errors import ConfigError, LayoutError
 
-__all__ = ["axis_group", "connect", "flat_group", "make_mesh", "sharding_mesh"]
+__all__ = [
+    "axis_group",
+    "connect",
+    "flat_group",
+    "make_mesh",
+    "new_axis_group",
+    "ranks_of_a_site",
+    "sharding_mesh",
+    "site_group",
+    "site_mesh",
+]
 
 
 def connect(timeout_s: float = 300.0) -> torch.device:
@@ -33,17 +43,56 @@ def connect(timeout_s: float = 300.0) -> torch.device:
     return device
 
 
-def make_mesh(world: int, sp: int, device_type: str) -> DeviceMesh:
+def make_mesh(world: int, sp: int | None, device_type: str, sites: int = 1) -> DeviceMesh:
     """A mesh with axes ``dp`` and ``sp``: sequences are sharded over the ``sp`` ranks of a row.
 
-    Raises ConfigError if ``sp`` doesn't divide ``world``.
+    Several sites are a third axis, ``replica``, the first; without ``sp``, all ranks of a site
+    share a sequence. Raises ConfigError if the sites don't divide ``world``, or ``sp`` a site.
     """
-    if sp < 1 or world % sp:
+    inside = ranks_of_a_site(world, sp, sites)
+    shape: tuple[int, ...] = (inside // (sp or inside), sp or inside)
+    names: tuple[str, ...] = ("dp", "sp")
+    if sites > 1:
+        shape, names = (sites, *shape), ("replica", *names)
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+
+
+def ranks_of_a_site(world: int, sp: int | None, sites: int) -> int:
+    """How many of ``world`` ranks a site has; ConfigError as of ``make_mesh``."""
+    if sites < 1 or world % sites:
+        raise ConfigError(f"outer.sites is {sites}, which doesn't divide {world} processes")
+    inside = world // sites
+    if sp is not None and (sp < 1 or inside % sp):
+        where = f" of each of {sites} sites" if sites > 1 else ""
         raise ConfigError(
-            f"parallel.sp is {sp}, which doesn't divide {world} processes: "
-            f"use one of {', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
+            f"parallel.sp is {sp}, which doesn't divide {inside} processes{where}: "
+            f"use one of {', '.join(str(n) for n in range(1, inside + 1) if inside % n == 0)}"
         )
-    return init_device_mesh(device_type, (world // sp, sp), mesh_dim_names=("dp", "sp"))
+    return inside
+
+
+def new_axis_group(mesh: DeviceMesh, axis: str, timeout_s: float) -> dist.ProcessGroup:
+    """A Gloo group of its own, along an axis, for what must not wait behind other collectives.
+
+    All ranks of the mesh must call it.
+    """
+    place = (mesh.mesh_dim_names or ()).index(axis)
+    rows = mesh.mesh.movedim(place, -1).reshape(-1, mesh.shape[place]).tolist()
+    wait = timedelta(seconds=timeout_s)
+    groups = [dist.new_group(row, timeout=wait, backend="gloo") for row in rows]
+    (own,) = (group for row, group in zip(rows, groups, strict=True) if dist.get_rank() in row)
+    assert isinstance(own, dist.ProcessGroup)
+    return own
+
+
+def site_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The process group of all ranks of this rank's site, of a mesh of ``make_mesh``."""
+    return site_mesh(mesh).get_group()
+
+
+def site_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """All ranks of this rank's site, on one axis."""
+    return mesh["dp", "sp"]._flatten("site")
 
 
 def sharding_mesh(shards: int, device_type: str) -> DeviceMesh:

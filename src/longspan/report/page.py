@@ -77,6 +77,7 @@ def _page(summary: Summary, run: Path) -> str:
         charts=charts(summary),
         figures=figures(summary),
         data=_facts(summary.data),
+        sites=_sites(summary),
         exactness=_facts(summary.exactness),
         leak_probe=_facts(summary.leak_probe),
         checkpoints=[(about.get("path", ""), _facts(about)) for about in summary.checkpoints],
@@ -114,6 +115,14 @@ def charts(run: Summary) -> dict[str, Markup | None]:
             "Lengths of the documents",
             "Share of the documents, and of all tokens, by length of the document.",
             bar_chart(labels, bars, _WIDTH, 220, x_label="tokens in the document, up to"),
+        ),
+        "outer_cosine": _chart(
+            180,
+            "Agreement of the sites",
+            "Mean cosine between the sites' outer gradients, merge by merge.",
+            line_chart(
+                [Curve("cosine", run.outer_cosine, trail=True)], _WIDTH, 180, x_label="step"
+            ),
         ),
         "batch": _chart(
             strip_height(batch),
@@ -153,6 +162,22 @@ def figures(run: Summary) -> list[tuple[str, str]]:
         ("whole time", duration(_facts(run.end)["seconds"])),
         ("attention work, busiest rank / mean", figure(run.attention_imbalance)),
         ("sent between ranks for attention", size(run.ring_bytes)),
+    ]
+
+
+def _sites(run: Summary) -> list[tuple[str, str]]:
+    """How sites are kept together, and what it costs."""
+    if not run.outer:
+        return []
+    settings = _facts(run.outer)
+    return [
+        ("sites", count(settings["sites"])),
+        ("steps between two exchanges of a fragment", count(settings["sync_every"])),
+        ("steps until it is merged", count(settings["delay"])),
+        ("sent as", str(run.outer.get("codec", ""))),
+        ("sent by rank 0's site", size(run.outer_bytes)),
+        ("waited for other sites", duration(run.outer_wait_s)),
+        ("time not spent waiting for them", percent(run.outer_utilisation)),
     ]
 
 

@@ -32,8 +32,9 @@ class Verdict:
 class Summary:
     """What happened in a run; what its trace doesn't tell is None or empty.
 
-    ``start``, ``data``, ``leak_probe``, ``exactness`` and ``end`` are what the last note of that
-    kind says; curves are (step, value). ``tokens`` and ``step_s`` are sums over the steps.
+    ``start``, ``data``, ``leak_probe``, ``exactness``, ``outer`` and ``end`` are what the last
+    note of that kind says; curves are (step, value). ``tokens`` and ``step_s`` are sums over the
+    steps.
     """
 
     name: str
@@ -49,6 +50,10 @@ class Summary:
     step_s: float | None = None
     attention_imbalance: float | None = None
     ring_bytes: float | None = None
+    outer: About = field(default_factory=dict)
+    outer_bytes: float | None = None
+    outer_wait_s: float | None = None
+    outer_cosine: Curve = ()
     batch: Batch | None = None
     checkpoints: tuple[About, ...] = ()
     resumes: tuple[int, ...] = ()
@@ -78,6 +83,13 @@ class Summary:
     def tokens_per_s(self) -> float | None:
         """Median of the steps' tokens per second."""
         return _median(self.speed)
+
+    @property
+    def outer_utilisation(self) -> float | None:
+        """Share of the steps' time in which rank 0 did not wait for another site."""
+        if self.outer_wait_s is None or not self.step_s:
+            return None
+        return 1 - self.outer_wait_s / self.step_s
 
     @property
     def broken_at(self) -> int | None:
@@ -117,6 +129,7 @@ def summarise(rows: Iterable[Row], name: str = "") -> Summary:
     start = last.get("start", {})
     tokens, times = curve(rows, "tokens"), curve(rows, "step_s")
     ring_bytes = curve(rows, "ring_bytes")
+    outer_bytes, outer_wait = curve(rows, "outer_bytes"), curve(rows, "outer_wait_s")
     return Summary(
         name=str(start.get("run") or clean(name)),
         start=start,
@@ -131,6 +144,10 @@ def summarise(rows: Iterable[Row], name: str = "") -> Summary:
         step_s=sum(value for _, value in times) if times else None,
         attention_imbalance=_median(curve(rows, "attention_imbalance")),
         ring_bytes=sum(value for _, value in ring_bytes) if ring_bytes else None,
+        outer=last.get("outer", {}),
+        outer_bytes=sum(value for _, value in outer_bytes) if outer_bytes else None,
+        outer_wait_s=sum(value for _, value in outer_wait) if outer_wait else None,
+        outer_cosine=tuple(curve(rows, "outer_cosine")),
         batch=_batch(last.get("batch", {})),
         checkpoints=tuple(notes.get("checkpoint", ())),
         resumes=tuple(

@@ -1,7 +1,7 @@
 """What a data-parallel rank trains on in each step: packed sequences of whole documents."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -80,9 +80,14 @@ class Batches:
                 f"{self._config.data.max_length} tokens: raise parallel.sp or lower data.max_length"
             )
 
-    def step(self, cursor: int, dp_rank: int, dp: int) -> StepBatch:
-        """The sequences from ``cursor`` on, dealt to the data-parallel ranks in turn."""
-        return self._take(self.training, cursor, self._config.train.accumulate, dp_rank, dp)
+    def step(self, cursor: int, dp_rank: int, dp: int, site: int = 0, sites: int = 1) -> StepBatch:
+        """The sequences from ``cursor`` on, dealt to the data-parallel ranks in turn.
+
+        Of several sites, each has a batch of its own: what follows the one before it.
+        """
+        each = self._config.train.accumulate
+        own = self._take(self.training, cursor + site * each * dp, each, dp_rank, dp)
+        return replace(own, cursor=cursor + sites * each * dp)
 
     def documents_of(self, cursor: int, count: int) -> tuple[Piece, ...]:
         """``count`` documents from ``cursor`` on, for a step whose sequences a plan groups."""

@@ -17,6 +17,7 @@ __all__ = [
     "Data",
     "Model",
     "Optimizer",
+    "Outer",
     "Parallel",
     "Train",
     "load_config",
@@ -87,6 +88,27 @@ class Parallel(_Section):
     )
 
 
+class Outer(_Section):
+    """Sites that train apart and exchange fragments of the model now and then."""
+
+    sites: int = Field(1, ge=1, description="How many; the ranks are dealt evenly over them.")
+    sync_every: int = Field(100, ge=1, description="Steps between two exchanges of a fragment.")
+    delay: int = Field(1, ge=0, description="Steps until what was exchanged is merged.")
+    mix: float = Field(0.5, ge=0, le=1, description="Share of local parameters kept in a merge.")
+    lr: float = Field(0.4, gt=0, description="Of the outer optimizer, SGD with Nesterov momentum.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of the outer optimizer.")
+    codec: Literal["fp32", "bf16", "int8", "int4", "e3m0"] = Field(
+        "e3m0", description="What outer gradients are sent as."
+    )
+    error_feedback: bool = Field(False, description="What codes leave out is sent the next time.")
+    fragments: Literal["strided", "sequential", "balanced"] = Field(
+        "strided", description="Which layers form a fragment."
+    )
+    fragment_layers: int = Field(3, ge=1, description="Layers of a fragment.")
+    offload: bool = Field(False, description="Keep the outer optimizer's state on the CPU.")
+    timeout_s: float = Field(300.0, gt=0, description="How long an exchange is waited for.")
+
+
 class Optimizer(_Section):
     """AdamW with warm-up and cosine decay."""
 
@@ -149,6 +171,7 @@ class Config(_Section):
     model: Model
     parallel: Parallel = Parallel()
     optimizer: Optimizer = Optimizer()
+    outer: Outer = Outer()
     train: Train
     checks: Checks = Checks()
     checkpoint: Checkpoint = Checkpoint()
@@ -162,6 +185,8 @@ class Config(_Section):
 # What may change when a run is continued; all else would make it another run.
 _FREE = {
     "data.cache",
+    "outer.offload",
+    "outer.timeout_s",
     "parallel.cluster",
     "parallel.memory_bytes",
     "parallel.sharding",

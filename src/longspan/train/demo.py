@@ -32,7 +32,7 @@ from longspan.train.config import (
 from longspan.train.inspect import inspect
 from longspan.train.launch import launch
 
-__all__ = ["run_demo"]
+__all__ = ["run_demo", "write_documents"]
 
 _PROCESSES = 4
 _STEPS = 60
@@ -70,7 +70,7 @@ def _config(runs: Path, steps: int) -> Config:
     return Config(
         name="demo",
         runs=runs,
-        data=Data(path=_documents(runs), max_length=8192),
+        data=Data(path=write_documents(runs), max_length=8192),
         model=Model(
             type="llama",
             config={
@@ -90,7 +90,7 @@ def _config(runs: Path, steps: int) -> Config:
     )
 
 
-def _documents(runs: Path) -> Path:
+def write_documents(runs: Path) -> Path:
     """The standard library's sources as JSONL, without what others installed beside them."""
     library = Path(sysconfig.get_path("stdlib"))
     others = {"site-packages", "dist-packages", "__pycache__"}

@@ -53,7 +53,7 @@ def exactness(
     rank 0 if they differ by more than rounding.
     """
     with evaluating(runner.model):
-        (loss,) = summed(runner.gradients(own))
+        (loss,) = summed(runner.site, runner.gradients(own))
     gradients = {name: _whole(p.grad) for name, p in runner.model.named_parameters()}
     weights = {name: _whole(tensor) for name, tensor in runner.model.state_dict().items()}
     runner.model.zero_grad()

@@ -1,6 +1,7 @@
 """Finds what would go wrong in a run before any process is started."""
 
 from longspan.cluster.spec import read_cluster
+from longspan.comm.mesh import ranks_of_a_site
 from longspan.errors import ConfigError
 from longspan.models.transformers import check_model
 from longspan.train.batches import Batches
@@ -18,17 +19,13 @@ def inspect(config: Config, world: int, local_world: int) -> None:
 
     Raises the LongspanError of the first thing that is wrong.
     """
-    sp = config.parallel.sp or world
-    if world % sp:
-        raise ConfigError(
-            f"parallel.sp is {sp}, which doesn't divide {world} processes: change one of them"
-        )
+    inside = ranks_of_a_site(world, config.parallel.sp, config.outer.sites)
     _check_mode(config, world)
     batches = Batches(config)
-    batches.check(world // sp)
+    batches.check(world // (config.parallel.sp or inside))
     model = build_model(config, batches.tokenizer.vocab_size, "meta")
     check_model(model)
-    check_memory(config, model.config, batches.longest, world, device_memory_bytes(local_world))
+    check_memory(config, model.config, batches.longest, inside, device_memory_bytes(local_world))
     _check_kept(config)
 
 
@@ -41,6 +38,11 @@ def claim_run(config: Config) -> None:
 def _check_mode(config: Config, world: int) -> None:
     """Settings that go together: what a plan needs, and what only it uses."""
     ways, train = config.parallel, config.train
+    if config.outer.sites > 1 and (ways.mode != "fixed" or ways.sharding not in ("auto", "world")):
+        raise ConfigError(
+            "outer.sites is more than 1: a site spreads its parameters over all its ranks, and "
+            "its steps aren't planned; leave parallel.mode and parallel.sharding out"
+        )
     if ways.mode == "fixed":
         if train.global_batch is not None:
             raise ConfigError(

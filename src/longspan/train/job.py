@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from longspan.comm.mesh import make_mesh
 from longspan.data.lengths import Lengths
 from longspan.models.leak import leak_probe
+from longspan.outer.sync import OuterSync
 from longspan.planner.prices import Sharding
 from longspan.train.ahead import Planned
 from longspan.train.batches import Batches, StepBatch
@@ -22,6 +23,7 @@ from longspan.train.parallelize import build_model, parallelize
 from longspan.train.planned import PlannedBatches
 from longspan.train.planning import Planning, shards_of
 from longspan.train.record import Recorder
+from longspan.train.sites import make_outer
 from longspan.train.step import StepRunner
 
 __all__ = ["Job", "make_job", "prove"]
@@ -38,16 +40,23 @@ class Job:
     optimizer: torch.optim.Optimizer
     recorder: Recorder
     planned: PlannedBatches | None = None
+    outer: OuterSync | None = None
+
+    @property
+    def site(self) -> int:
+        """Which of the sites this rank is at."""
+        return self.mesh["replica"].get_local_rank() if self.outer else 0
 
     def step(self, cursor: int) -> tuple[StepBatch, Planned | None]:
         """This rank's part of the step that starts at ``cursor``, and the plan if it has one."""
         if self.planned:
             return self.planned.step(cursor)
-        return self.batches.step(cursor, self.dp_rank, self.dp), None
+        sites = self.config.outer.sites
+        return self.batches.step(cursor, self.dp_rank, self.dp, self.site, sites), None
 
     @property
     def dp(self) -> int:
-        """How many sequences are trained on at once."""
+        """How many sequences a site trains on at once."""
         return self.mesh["dp"].size()
 
     @property
@@ -60,9 +69,9 @@ def make_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
     """Build everything on this rank; the process group must stand."""
     world = dist.get_world_size()
     ways = config.parallel
-    mesh = make_mesh(world, ways.sp or world, device.type)
+    mesh = make_mesh(world, ways.sp, device.type, config.outer.sites)
     batches = Batches(config)
-    batches.check(mesh["dp"].size())
+    batches.check(mesh["dp"].size() * config.outer.sites)
     model = build_model(config, batches.tokenizer.vocab_size, device)
     parameters = model.num_parameters()
     planning = Planning(config, batches, model.config) if ways.mode != "fixed" else None
@@ -79,6 +88,7 @@ def make_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
         make_optimizer(model, config.optimizer),
         recorder,
         planning.start(runner, sharding, recorder) if planning else None,
+        make_outer(config, model, mesh),
     )
 
 
@@ -138,6 +148,8 @@ def _describe(
             "steps": config.train.steps,
         },
     )
+    if config.outer.sites > 1:
+        recorder.note("outer", config.outer.model_dump(mode="json"))
     lengths = Lengths.of(batches.store.lengths, max_length=config.data.max_length)
     recorder.note(
         "data",

@@ -1,14 +1,19 @@
 """The training loop."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from longspan.outer.sync import OuterSync
 from longspan.train.checkpoint import Progress, load_newest, save
 from longspan.train.figures import plan_figures, ring_figures
 from longspan.train.job import Job, prove
 from longspan.train.optimize import lr_at, set_lr
+from longspan.train.sites import figures_of
 from longspan.train.step import summed
 from longspan.train.stop import StopWish
 
@@ -41,7 +46,7 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 
 def _resume(job: Job) -> Progress:
-    progress, refused = load_newest(job.config.run / "checkpoints", job.runner.model, job.optimizer)
+    progress, refused = load_newest(_folder(job), job.runner.model, job.optimizer, *_together(job))
     for words in refused:
         job.recorder.note("refused", {"checkpoint": words})
         job.recorder.say(f"checkpoint refused: {words}")
@@ -53,7 +58,7 @@ def _resume(job: Job) -> Progress:
 
 
 def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]:
-    """One optimizer step; also whether any rank was told to stop."""
+    """One optimizer step; also whether to stop: a rank was told to, and all sites know it."""
     config, recorder, runner = job.config, job.recorder, job.runner
     start = time.perf_counter()
     batch, planned = job.step(progress.cursor)
@@ -68,7 +73,16 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
         set_lr(job.optimizer, lr)
         job.optimizer.step()
         job.optimizer.zero_grad()
-    loss, told = summed(own_loss, torch.tensor(float(wish.heard), device=runner.device))
+    heard = torch.tensor(float(wish.heard), device=runner.device)
+    loss, told = summed(runner.site, own_loss, heard)
+    stop, outer = told > 0, {}
+    if job.outer:
+        with recorder.span("outer", "comm"):
+            found = job.outer.step(batch.tokens, stop)
+        stop, outer = found.stop, figures_of(found, runner.site.size())
+        for words in found.lost:
+            recorder.note("lost", {"exchange": words})
+            recorder.say(f"{words}; it is tried again at its next turn")
     seconds = time.perf_counter() - start
     figures = {
         "loss": loss,
@@ -78,6 +92,7 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
         "documents": batch.documents,
         "step_s": seconds,
         "tokens_per_s": batch.tokens / seconds,
+        **outer,
     }
     if planned:
         figures |= plan_figures(planned)
@@ -87,7 +102,17 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
             *(runner.sp.size(), config.parallel),
         )
     recorder.step(progress.step + 1, figures)
-    return Progress(progress.step + 1, batch.cursor), told > 0
+    return Progress(progress.step + 1, batch.cursor), stop
+
+
+def _folder(job: Job) -> Path:
+    """Where this rank's site keeps its checkpoints: sites needn't share a disk."""
+    folder = job.config.run / "checkpoints"
+    return folder / f"site{job.site}" if job.outer else folder
+
+
+def _together(job: Job) -> tuple[dist.ProcessGroup, OuterSync | None]:
+    return job.runner.site, job.outer
 
 
 def _picture(job: Job) -> dict[str, object]:
@@ -106,15 +131,16 @@ def _number(norm: torch.Tensor) -> float:
 
 
 def _validate(job: Job, step: int) -> None:
-    with job.recorder.span("validation"):
+    agreed = job.outer.global_parameters() if job.outer else nullcontext()
+    with job.recorder.span("validation"), agreed:
         loss = job.runner.validation_loss(job.batches.validate(job.dp_rank, job.dp))
     job.recorder.step(step, {"validation_loss": loss})
 
 
 def _save(job: Job, progress: Progress) -> None:
     start = time.perf_counter()
-    folder, keep = job.config.run / "checkpoints", job.config.checkpoint.keep
-    path = save(folder, job.runner.model, job.optimizer, progress, keep)
+    keep = job.config.checkpoint.keep
+    path = save(_folder(job), job.runner.model, job.optimizer, progress, keep, *_together(job))
     about = {"step": progress.step, "path": str(path), "seconds": time.perf_counter() - start}
     size = sum(file.stat().st_size for file in path.iterdir())
     job.recorder.note("checkpoint", about | {"bytes": size})

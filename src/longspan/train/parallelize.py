@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from longspan.comm.mesh import sharding_mesh
+from longspan.comm.mesh import sharding_mesh, site_mesh
 from longspan.comm.rings import use_rings
 from longspan.errors import ConfigError
 from longspan.models.checkpointing import checkpoint_layers
@@ -69,7 +69,8 @@ def parallelize(
     """Patch the attention onto the mesh's ``sp`` and shard the parameters (FSDP2).
 
     ``shards``: over how many ranks, side by side; each such group has the whole model (HSDP). None:
-    over all ranks; 1: every rank has the whole model.
+    over all ranks; 1: every rank has the whole model. Several sites have a whole model each,
+    sharded over all their ranks.
 
     Layers are recomputed in backward if the config says so.
 
@@ -83,7 +84,10 @@ def parallelize(
             checkpoint_layers(model)
         case "selective":
             checkpoint_layers(model, attention_kept=config.train.attention_kept)
-    spread = sharding_mesh(shards or dist.get_world_size(), mesh.device_type)
+    if config.outer.sites > 1:
+        spread = site_mesh(mesh)
+    else:
+        spread = sharding_mesh(shards or dist.get_world_size(), mesh.device_type)
     precision: dict[str, Any] = {}
     if config.train.dtype == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from longspan.comm.mesh import flat_group
+from longspan.comm.mesh import flat_group, site_group
 from longspan.data.packing import PackedSequence
 from longspan.layout import Order, positions
 from longspan.train.batches import Place, StepBatch
@@ -27,6 +27,7 @@ class StepRunner:
             mesh.device_type == "cuda"
         ) else torch.device("cpu")  # fmt: skip
         self.sp = mesh["sp"].get_group()
+        self.site = site_group(mesh)
         self.order = Order.of(order)
 
     def loss_sum(self, sequence: PackedSequence, place: Place | None = None) -> Tensor:
@@ -59,12 +60,12 @@ class StepRunner:
 
     @torch.no_grad()
     def validation_loss(self, batch: StepBatch) -> float:
-        """The mean loss over all tokens of the batch, on all ranks."""
+        """The mean loss over all tokens of the batch, on all ranks of the site."""
         with evaluating(self.model):
             total = torch.zeros((), device=self.device)
             for sequence in batch.sequences:
                 total += self.loss_sum(sequence)
-        return summed(total / batch.tokens)[0]
+        return summed(self.site, total / batch.tokens)[0]
 
     def reduce_gradients(self, now: bool) -> None:
         """Whether the next backward pass reduces gradients over the ranks, or only adds them up."""
@@ -83,8 +84,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def summed(*values: Tensor) -> list[float]:
-    """The sums of scalars over all ranks."""
+def summed(group: dist.ProcessGroup, *values: Tensor) -> list[float]:
+    """The sums of scalars over the ranks of a group."""
     stacked = torch.stack([value.detach().to(torch.float32) for value in values])
-    dist.all_reduce(stacked)
+    dist.all_reduce(stacked, group=group)
     return [float(value) for value in stacked.tolist()]

@@ -1,0 +1,1 @@
+"""Sites that train apart and synchronise now and then: Streaming DiLoCo."""
