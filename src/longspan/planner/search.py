@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longspan.planner.pack import Batch, Shelf
+from longspan.planner.pack import Batch
 from longspan.planner.prices import Floats, Ints
+from longspan.planner.teams import Shelf
 
-__all__ = ["search"]
+__all__ = ["search", "total_s"]
 
 _LIMITS = 32
 # Shares of the ranks' time and of their memory that a real packing may be able to use.
