@@ -17,9 +17,10 @@ from longspan.cluster.spec import Cluster
 from longspan.errors import ConfigError, MemoryLimitError
 from longspan.plan import BatchPlan, Group, MicroBatch
 from longspan.planner.bound import lower_bound
-from longspan.planner.pack import Batch, Shelf, Team, place
+from longspan.planner.pack import Batch
 from longspan.planner.prices import Ints, Prices, Sharding
 from longspan.planner.search import search, total_s
+from longspan.planner.teams import Shelf, Team, place
 from longspan.planner.workload import Rates, Workload, shardings
 
 __all__ = ["Mode", "plan_batch", "plan_priced"]
@@ -89,20 +90,22 @@ def plan_priced(
     if not np.isfinite(batch.quickest[0]):
         raise MemoryLimitError(_too_long(int(order[0]), int(given[order[0]]), prices))
     bound = lower_bound(batch)
+    held = max(longest if longest and mode == "static" else 0, int(batch.tokens[0]))
+    sizes = _degrees(prices, held)
+    if mode == "static":
+        sizes = sizes[:1]
+    if mode != "flexible" and not sizes:
+        raise MemoryLimitError(_too_long(None, held, prices))
+    # In a small batch one degree is tried beside the others: no mode is better than flexible.
+    tried = [replace(batch, only=size) for size in sizes if mode != "flexible" or batch.small]
     if mode == "flexible":
-        shelves = search(batch)
-        if exact_s:
-            from longspan.planner.exact import solve_exactly
+        tried.append(batch)
+    shelves = min((search(one) for one in tried), key=lambda found: total_s(batch, found))
+    if exact_s and mode == "flexible":
+        from longspan.planner.exact import solve_exactly
 
-            shelves, proven = solve_exactly(batch, shelves, limit_s=exact_s)
-            bound = max(bound, proven + prices.batch_s)
-    else:
-        held = max(longest if longest and mode == "static" else 0, int(batch.tokens[0]))
-        sizes = _degrees(prices, held)
-        if not sizes:
-            raise MemoryLimitError(_too_long(None, held, prices))
-        only = [replace(batch, only=size) for size in (sizes[:1] if mode == "static" else sizes)]
-        shelves = min((search(one) for one in only), key=lambda found: total_s(batch, found))
+        shelves, proven = solve_exactly(batch, shelves, limit_s=exact_s)
+        bound = max(bound, proven + prices.batch_s)
     return _plan(batch, shelves, tuple(int(length) for length in lengths), order, bound)
 
 

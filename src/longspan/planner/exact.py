@@ -14,9 +14,10 @@ from typing import Any
 import highspy
 import numpy as np
 
-from longspan.planner.pack import Batch, Shelf, Team
+from longspan.planner.pack import Batch
 from longspan.planner.prices import Price, Prices
 from longspan.planner.search import total_s
+from longspan.planner.teams import Shelf, Team
 
 __all__ = ["solve_exactly"]
 

@@ -7,61 +7,21 @@ improved by moving sequences, and ranks, away from the group that ends last.
 """
 
 import heapq
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from longspan.planner.prices import Floats, Ints, Price, Prices
+from longspan.planner.prices import Floats, Ints, Prices
+from longspan.planner.teams import Shelf, Team, place, share
 
-__all__ = ["Batch", "Shelf", "Team", "place"]
+__all__ = ["Batch"]
 
 _LIMITS = (1.0, 1.03, 1.07, 1.13, 1.25, 1.5, 2.2, 5.0)
 _ALL_LIMITS = 64  # so few sequences times sizes have all limits, and rests of all sizes, tried
 
-
-@dataclass(slots=True)
-class Team:
-    """A group that is being made: places of its sequences, ranks it takes of each node."""
-
-    price: Price
-    ranks: dict[int, int]
-    items: list[int] = field(default_factory=list)
-    tokens: int = 0
-    pairs: float = 0.0
-    share: int = 1
-
-    def add(self, item: int, tokens: int, pairs: float) -> None:
-        """Take a sequence."""
-        self.items.append(item)
-        self.tokens += tokens
-        self.pairs += pairs
-
-    @property
-    def seconds(self) -> float:
-        """What it takes; nothing without sequences."""
-        if not self.items:
-            return 0.0
-        return self.price.seconds(self.tokens, self.pairs, self.share)
-
-
-@dataclass(slots=True)
-class Shelf:
-    """The groups of one micro-batch."""
-
-    teams: list[Team]
-
-    @property
-    def seconds(self) -> float:
-        """When the last group ends."""
-        return max((team.seconds for team in self.teams), default=0.0)
-
-    @property
-    def items(self) -> list[int]:
-        """Its sequences, longest first."""
-        return sorted(item for team in self.teams for item in team.items)
+_SMALL = 1024  # sequences times sizes of a batch for which one size for all is tried, too
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +46,11 @@ class Batch:
                 times[:, pool.columns.ranks != self.only] = np.inf
             found.append(times)
         return found
+
+    @property
+    def small(self) -> bool:
+        """Whether there are few enough sequences, and sizes of groups, to try more ways."""
+        return len(self.tokens) * sum(len(pool.prices) for pool in self.prices.pools) <= _SMALL
 
     @cached_property
     def areas(self) -> Floats:
@@ -187,7 +152,7 @@ class Batch:
             team.add(item, int(self.tokens[item]), float(self.pairs[item]))
             teams.append(team)
         teams += self._others(free, unit)
-        _share(teams)
+        share(teams)
         return self._spread(teams, items[alone], limit)
 
     def _open(self, options: list[tuple[int, int]], free: list[int]) -> Team | None:
@@ -267,35 +232,3 @@ class Batch:
             way = np.minimum(way, np.maximum(p.ring_pair_s * pairs, sent))
         found: list[float] = (p.token_s * tokens + way).tolist()
         return found
-
-
-def _share(teams: list[Team]) -> None:
-    """Groups that are in several nodes share the networks of those."""
-    apart = [team for team in teams if len(team.ranks) > 1]
-    uses = Counter(node for team in apart for node in team.ranks)
-    for team in apart:
-        team.share = max(uses[node] for node in team.ranks)
-
-
-def place(
-    size: int, nodes: Sequence[int], free: Sequence[int], prices: Prices
-) -> dict[int, int] | None:
-    """How many ranks of which nodes: of one that is just large enough, else whole ones and a rest.
-
-    None if there is no such room.
-    """
-    inside = [node for node in nodes if free[node] >= size]
-    if inside:
-        return {min(inside, key=lambda node: (free[node], node)): size}
-    taken: dict[int, int] = {}
-    for node in nodes:
-        whole = len(prices.nodes[node])
-        if free[node] == whole and whole <= size:
-            taken[node] = whole
-            size -= whole
-            if not size:
-                return taken
-    rest = [node for node in nodes if node not in taken and free[node] >= size]
-    if not rest or not taken:
-        return None
-    return taken | {min(rest, key=lambda node: (free[node], node)): size}

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longspan.planner.pack import Batch, Shelf
+from longspan.planner.pack import Batch
 from longspan.planner.prices import Floats, Ints
+from longspan.planner.teams import Shelf
 
 __all__ = ["search", "total_s"]
 

@@ -1,0 +1,83 @@
+"""Groups in the making, and where they are: which nodes give how many ranks."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from longspan.planner.prices import Price, Prices
+
+__all__ = ["Shelf", "Team", "place", "share"]
+
+
+@dataclass(slots=True)
+class Team:
+    """A group that is being made: places of its sequences, ranks it takes of each node."""
+
+    price: Price
+    ranks: dict[int, int]
+    items: list[int] = field(default_factory=list)
+    tokens: int = 0
+    pairs: float = 0.0
+    share: int = 1
+
+    def add(self, item: int, tokens: int, pairs: float) -> None:
+        """Take a sequence."""
+        self.items.append(item)
+        self.tokens += tokens
+        self.pairs += pairs
+
+    @property
+    def seconds(self) -> float:
+        """What it takes; nothing without sequences."""
+        if not self.items:
+            return 0.0
+        return self.price.seconds(self.tokens, self.pairs, self.share)
+
+
+@dataclass(slots=True)
+class Shelf:
+    """The groups of one micro-batch."""
+
+    teams: list[Team]
+
+    @property
+    def seconds(self) -> float:
+        """When the last group ends."""
+        return max((team.seconds for team in self.teams), default=0.0)
+
+    @property
+    def items(self) -> list[int]:
+        """Its sequences, longest first."""
+        return sorted(item for team in self.teams for item in team.items)
+
+
+def share(teams: list[Team]) -> None:
+    """Groups that are in several nodes share the networks of those."""
+    apart = [team for team in teams if len(team.ranks) > 1]
+    uses = Counter(node for team in apart for node in team.ranks)
+    for team in apart:
+        team.share = max(uses[node] for node in team.ranks)
+
+
+def place(
+    size: int, nodes: Sequence[int], free: Sequence[int], prices: Prices
+) -> dict[int, int] | None:
+    """How many ranks of which nodes: of one that is just large enough, else whole ones and a rest.
+
+    None if there is no such room.
+    """
+    inside = [node for node in nodes if free[node] >= size]
+    if inside:
+        return {min(inside, key=lambda node: (free[node], node)): size}
+    taken: dict[int, int] = {}
+    for node in nodes:
+        whole = len(prices.nodes[node])
+        if free[node] == whole and whole <= size:
+            taken[node] = whole
+            size -= whole
+            if not size:
+                return taken
+    rest = [node for node in nodes if node not in taken and free[node] >= size]
+    if not rest or not taken:
+        return None
+    return taken | {min(rest, key=lambda node: (free[node], node)): size}
