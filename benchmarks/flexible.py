@@ -32,7 +32,7 @@ DOCUMENTS, BATCH, STEPS = 1500, 128, 9
 STEADY = 3  # the first step that counts: by then connections are open
 MODEL = {
     "hidden_size": 128,
-    "intermediate_size": 344,
+    "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -41,7 +41,7 @@ MODEL = {
 
 def memory_bytes() -> int:
     """What a device needs for a little more than a quarter of the longest document."""
-    sizes = Transformer(layers=4, hidden=128, heads=4, kv_heads=4, head_dim=32, ffn=344, vocab=257)
+    sizes = Transformer(layers=4, hidden=128, heads=4, kv_heads=4, head_dim=32, ffn=256, vocab=257)
     return memory(sizes, int(LONGEST / 4 * 1.08)).total
 
 
