@@ -143,7 +143,8 @@ def test_alike_rounds_are_the_rounds(kernels: AttentionKernels, order: str) -> N
         for backward in (False, True):
             which = (way, backward, pricer.travels(way) if backward else "kv")
             exact, alike = pricer.by_round(*which), pricer.alike_rounds(*which)
-            assert sum(alike[0]) == pytest.approx(sum(exact[0]), rel=0.15)
+            # Striped rounds are of triangles, whose kernels are dearer than squares.
+            assert sum(alike[0]) == pytest.approx(sum(exact[0]), rel=0.3)
             # The end of a sequence is no other rank's need; alike rounds send it all the same.
             for one, other in zip(exact[1:], alike[1:], strict=True):
                 totals = [[sum(s.bytes for s in sends) for sends in some] for some in (one, other)]

@@ -1,5 +1,7 @@
 """The plant's example: its physics, and the same training on four ranks as on one."""
 
+from dataclasses import replace
+
 import torch
 from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,6 +27,11 @@ def test_the_log() -> None:
     assert ((values[..., 0] - values[..., 2]).abs() < 0.5).float().mean() > 0.9
 
 
+def test_it_learns_to_foretell() -> None:
+    found = train(replace(SMALL, steps=150))
+    assert found.losses[-1] < 0.5 * found.losses[0] and found.error < found.persistence
+
+
 def on_ranks(mesh: DeviceMesh) -> list[float]:
     result = train(SMALL, "workstations-10gbe", mesh)
     return [*result.losses, result.error, result.persistence, result.faulty, result.normal]
@@ -32,7 +39,6 @@ def on_ranks(mesh: DeviceMesh) -> list[float]:
 
 def test_training_on_four_ranks_is_training_on_one(ranks: Ranks) -> None:
     alone = train(SMALL)
-    assert alone.losses[-1] < 0.8 * alone.losses[0] and alone.error < alone.persistence
     expected = [*alone.losses, alone.error, alone.persistence, alone.faulty, alone.normal]
     for found in ranks.run(on_ranks):
         assert torch.allclose(torch.tensor(found), torch.tensor(expected), rtol=1e-3)

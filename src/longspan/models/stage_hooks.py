@@ -82,17 +82,16 @@ class StageHooks:
 
     def attach(self, module: nn.Module) -> list[RemovableHandle]:
         """Put the hooks on."""
-        handles = [
-            module.register_forward_pre_hook(self.enter, with_kwargs=True),
-            module.register_forward_hook(self.leave),
-        ]
+        handles: list[RemovableHandle] = []
         if self.row.inside != "nothing":
             (axis,) = (at for at, dim in enumerate(self.row.sharded) if dim in self.row.mixes)
             names = self.mesh.mesh_dim_names or ()
             line = self.mesh if self.mesh.ndim == 1 else self.mesh[names[axis]]
             length = self.row.sizes[self.row.sharded[axis] or ""]
             shared = SharedAttention(line, length, self.row.inside, self.row.name)
-            handles += shared.attach(module, self.told.attention)
+            handles += shared.attach(module, self.told.attention)  # first, as it may refuse
+        handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(self.leave))
         return handles
 
     def enter(
