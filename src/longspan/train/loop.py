@@ -82,7 +82,7 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
         stop, outer = found.stop, figures_of(found, runner.site.size())
         for words in found.lost:
             recorder.note("lost", {"exchange": words})
-            recorder.say(f"{words}; it is tried again at its next turn")
+            recorder.say(f"{words}; its fragment stays as it was")
     seconds = time.perf_counter() - start
     figures = {
         "loss": loss,
