@@ -1,5 +1,6 @@
 """The command ``longspan plan-layers``."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,26 +59,17 @@ def plan_layers(
 
     where = read_cluster(cluster)
     model, inputs = load(module, batch=batch, length=length, inputs=tensor or (), dtype=dtype)
-    plan = make(
+    search = partial(
+        make,
         model,
         inputs,
         cluster=where,
         ranks=ranks,
         memory_limit=_bytes(memory),
         pricing=pricing,
-        fixed=fixed,
     )
-    free = None
-    if fixed:
-        free = make(
-            model,
-            inputs,
-            cluster=where,
-            ranks=ranks,
-            memory_limit=_bytes(memory),
-            pricing=pricing,
-            alternatives=False,
-        ).seconds
+    plan = search(fixed=fixed)
+    free = search(alternatives=False).seconds if fixed else None
     rate: float | None = -1.0
     if crossing:
         from longspan.planner.capture import capture
