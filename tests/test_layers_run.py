@@ -2,7 +2,9 @@
 
 import copy
 import random
+import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +31,8 @@ from tests.ranks import Ranks
 
 
 def cluster() -> Cluster:
-    device = Device(memory_bytes="1GB", bytes_per_s=1e11, peak={"matmul": {"float32": 1e12}})
+    rates = {"float32": 1e12, "float64": 5e11}
+    device = Device(memory_bytes="1GB", bytes_per_s=1e11, peak={"matmul": rates})
     slow = Link(latency_s=1e-6, bytes_per_s=1e7)
     return uniform(
         device, nodes=2, devices=2, link=Link(latency_s=1e-6, bytes_per_s=1e8), network=slow
@@ -146,6 +149,7 @@ def check(sp: DeviceMesh, name: str, several: list[LayerPlan]) -> list[str]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("m0", "m1"))
     model, inputs = made(name)
     wrong = []
+    near = 1e-5 if name == "llama" else 1e-9  # it computes its loss in float32
     for index, plan in enumerate(several):
         one, many = copy.deepcopy(model), copy.deepcopy(model)
         try:
@@ -154,18 +158,16 @@ def check(sp: DeviceMesh, name: str, several: list[LayerPlan]) -> list[str]:
                 expected, got = called(one, inputs), called(many, inputs)
                 expected.backward()
                 got.backward()
-                if not torch.allclose(expected, got, rtol=1e-9):
+                if not torch.allclose(expected, got, rtol=near):
                     wrong.append(f"{index}: step {step}: loss {got.item()} for {expected.item()}")
-        except Exception as error:  # all of a rank's plans are to be tried
-            splits = {c.node: (c.kind, c.splits, c.output) for c in plan.layers}
-            import traceback
-
-            raise AssertionError(f"{name} {index}: {splits}\n{traceback.format_exc()}") from error
+        except Exception:  # the others are to be tried too
+            wrong.append(f"{index}: {traceback.format_exc()}")
+            continue
         for (path, a), (_, b) in zip(one.named_parameters(), many.named_parameters(), strict=True):
             if a.grad is None or b.grad is None:
                 if a.grad is not b.grad:
                     wrong.append(f"{index}: {path} has no gradient")
-            elif not torch.allclose(a.grad, whole(b.grad), atol=1e-10, rtol=1e-8):
+            elif not torch.allclose(a.grad, whole(b.grad), rtol=near, atol=near):
                 wrong.append(f"{index}: {path} {(a.grad - whole(b.grad)).abs().max()}")
         for (path, a), (_, b) in zip(one.named_buffers(), many.named_buffers(), strict=True):
             if not torch.allclose(a, b):
@@ -179,5 +181,34 @@ def test_plans_run_as_one_process(name: str, ranks: Ranks) -> None:
         assert not wrong
 
 
-def test_dropout_and_another_mesh_are_refused() -> None:
-    _ = ModelError
+class Dropped(Net):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x, y), 0.5, training=self.training)
+
+
+def refused(sp: DeviceMesh, plan: LayerPlan) -> list[str]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("m0", "m1"))
+    inputs = tokens(2, 24, 6, 4)
+    said = []
+
+    def tries(model: nn.Module, plan: LayerPlan, given: Any) -> None:
+        try:
+            called(parallelize_layers(model, plan, mesh, inputs), given)
+        except ModelError as error:
+            said.append(str(error))
+
+    tries(Net(), plan, tokens(2, 24, 8, 4))
+    tries(Net(), plan, inputs[:1])
+    tries(Net().eval(), plan, inputs)
+    tries(Dropped(), plan, inputs)
+    tries(Small(), plan, inputs)
+    tries(Net(), replace(plan, axes={"m0": 4}), inputs)
+    again = tuple(replace(choice, recompute=True) for choice in plan.layers)
+    tries(Net(), replace(plan, layers=again), inputs)
+    return said
+
+
+def test_what_is_not_exact_is_refused(ranks: Ranks) -> None:
+    plan = plans("net")[0]
+    for said in ranks.run(refused, plan):
+        assert [line.partition(":")[0] for line in said] == []

@@ -119,8 +119,9 @@ class _Run:
             self._rows[choice.node] = Row(choice, node, field)
         self._dead: dict[str, list[str]] = {}
         last: dict[str, str] = {}
+        places = {node: place for place, node in enumerate(program.graph.nodes)}
         for node in program.graph.nodes:
-            _check(node)
+            _check(node, places)
             last |= {one.name: node.name for one in node.all_input_nodes}
         for name, user in last.items():
             self._dead.setdefault(user, []).append(name)
@@ -203,7 +204,7 @@ class _Run:
     def _given(self, args: Any, kwargs: Any) -> list[Any]:
         spec = self._calls.in_spec
         assert spec is not None
-        names = spec.child(1).context or []
+        names = spec.children()[1].context or []
         if set(names) != set(kwargs):
             raise ModelError(f"the model was planned with inputs {', '.join(names) or 'by place'}")
         leaves, got = tree_flatten((tuple(args), {name: kwargs[name] for name in names}))
@@ -265,7 +266,7 @@ class _Run:
         return tree_unflatten(leaves, spec)
 
 
-def _check(node: fx.Node) -> None:
+def _check(node: fx.Node, places: Mapping[fx.Node, int]) -> None:
     """Raise ModelError for what can't be run exactly, whatever the plan."""
     if node.op != "call_function":
         return
@@ -288,7 +289,9 @@ def _check(node: fx.Node) -> None:
         first = node.args[0]
         while isinstance(first, fx.Node) and first.op == "call_function" and base(first) in FREE:
             first = first.args[0]
-            if isinstance(first, fx.Node) and any(user > node for user in first.users):
+            if isinstance(first, fx.Node) and any(
+                places[user] > places[node] for user in first.users
+            ):
                 raise ModelError(
                     f"{node.target} writes to a part of a tensor that is used again: "
                     "write it without changing tensors in place"
