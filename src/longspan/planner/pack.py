@@ -7,6 +7,7 @@ improved by moving sequences, and ranks, away from the group that ends last.
 """
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +21,6 @@ from longspan.planner.teams import Shelf, Team, place, share
 __all__ = ["Batch"]
 
 _LIMITS = (1.0, 1.03, 1.07, 1.13, 1.25, 1.5, 2.2, 5.0)
-# In a shelf of many groups a sequence is left for later if so many are too full for it, and all
-# that follow if so many in a row were left.
-_FEW_GROUPS, _TRIES, _MISSES = 64, 8, 50
 _SCANNED = 12  # so few groups are all looked at for each sequence
 _ALL_LIMITS = 64  # so few sequences times sizes have all limits, and rests of all sizes, tried
 
@@ -141,7 +139,7 @@ class Batch:
             if key == before:
                 continue
             before = key
-            shelf, left = self._pack(items, sizes, limit, np.inf, unit)
+            shelf, left = self._pack(items, sizes, limit, unit)
             if left:
                 continue
             if best is None or shelf.seconds < best.seconds:
@@ -159,37 +157,45 @@ class Batch:
         return found
 
     def fill(
-        self, items: Sequence[int], limit_s: float, *, slack: float = 1.0, strict: bool = True
+        self, items: Sequence[int], limit_s: float, *, slack: float = 1.0, unit: int = 1
     ) -> tuple[Shelf, list[int]]:
-        """A shelf of as many of these as fit, longest first; and the others.
+        """A shelf of as many of these as end in time, longest first; and the others.
 
-        Long ones get groups in which they take ``slack`` of the time limit; with ``strict`` no
-        group takes longer than it, but for a sequence that always does.
+        Long ones get groups in which they take ``slack`` of the time limit. The longest of all is
+        in the shelf even if it always takes longer.
         """
         where = np.array(items, dtype=np.int64)
+        limit_s = max(limit_s, float(self.quickest[where[0]]) * (1 + 1e-9))
         sizes = self.smallest(where, limit_s * slack)
         for pool, size in enumerate(sizes):
             late = np.flatnonzero(size < 0)
             if len(late):
                 size[late] = self.smallest(where[late], limit_s)[pool]
-        late = np.flatnonzero(np.max(sizes, axis=0) < 0)
-        for pool, size in enumerate(sizes):
-            times = self.planned[pool][where[late]]
-            place = times.argmin(axis=1)
-            size[late] = np.where(np.isfinite(times[np.arange(len(late)), place]), place, -1)
-        end = limit_s * (1 + 1e-9) if strict else np.inf
-        return self._pack(where, sizes, limit_s, end, self.only or 1)
+        return self._pack(where, sizes, limit_s, self.only or unit, full=True)
+
+    def even(self, items: Sequence[int], limit_s: float) -> Shelf | None:
+        """A shelf of all of these, its groups as full as each other; None if they don't fit."""
+        where = np.array(items, dtype=np.int64)
+        sizes = self.smallest(where, limit_s)
+        shelf, left = self._pack(where, sizes, limit_s, self.only or 1)
+        return None if left else shelf
 
     def _pack(
-        self, items: Ints, sizes: list[Ints], limit: float, end: float, unit: int
+        self, items: Ints, sizes: list[Ints], limit: float, unit: int, *, full: bool = False
     ) -> tuple[Shelf, list[int]]:
+        """Groups for the long ones, the others in them and in ``unit`` ranks each; what is left.
+
+        With ``full`` one group after the other is filled up; else all are as full as each other.
+        """
         free = [len(node) for node in self.prices.nodes]
         alone = np.zeros(len(items), dtype=bool)
+        fits = np.zeros(len(items), dtype=bool)
         for pool, size in zip(self.prices.pools, sizes, strict=True):
+            fits |= size >= 0
             alone |= (size >= 0) & (pool.columns.ranks[size] <= unit)
         teams: list[Team] = []
-        left: list[int] = []
-        for row in np.flatnonzero(~alone).tolist():
+        left: list[int] = items[~fits].tolist()
+        for row in np.flatnonzero(fits & ~alone).tolist():
             options = [(pool, int(size[row])) for pool, size in enumerate(sizes) if size[row] >= 0]
             item = int(items[row])
             team = self._open(options, free)
@@ -200,7 +206,8 @@ class Batch:
             teams.append(team)
         teams += self._others(free, unit)
         share(teams)
-        left += self._spread(teams, items[alone], limit, end)
+        spread = self._filled if full else self._spread
+        left += spread(teams, items[alone], limit)
         return Shelf(teams), sorted(left)
 
     def _open(self, options: list[tuple[int, int]], free: list[int]) -> Team | None:
@@ -237,17 +244,38 @@ class Batch:
             for _ in range(count)
         ]
 
-    def _spread(self, teams: list[Team], items: Ints, limit: float, end: float) -> list[int]:
-        """Each to the group that is least full of time, and of memory; those that fit none.
+    def _filled(self, teams: list[Team], items: Ints, limit: float) -> list[int]:
+        """Each group in turn takes the longest that it has time and memory for; what is left."""
+        end = limit * (1 + 1e-9)
+        rest = items[::-1].tolist()
+        sizes, squares = self.tokens[rest].tolist(), self.pairs[rest].tolist()
+        for team in teams:
+            line, room = _line(team), team.price.most_tokens
+            tokens, pairs = team.tokens, team.pairs
+            while place := bisect_right(sizes, room - tokens):
+                if _seconds(line, tokens + sizes[place - 1], pairs + squares[place - 1]) > end:
+                    low, place = 0, place - 1
+                    while low < place:
+                        middle = (low + place) // 2
+                        seconds = _seconds(line, tokens + sizes[middle], pairs + squares[middle])
+                        low, place = (middle + 1, place) if seconds <= end else (low, middle)
+                    if not place:
+                        break
+                place -= 1
+                team.items.append(rest.pop(place))
+                tokens += sizes.pop(place)
+                pairs += squares.pop(place)
+            team.tokens, team.pairs = tokens, pairs
+        return rest
 
-        No group takes longer than ``end``.
-        """
+    def _spread(self, teams: list[Team], items: Ints, limit: float) -> list[int]:
+        """Each to the group that is least full of time, and of memory; those that fit none."""
         lines = [_line(team) for team in teams]
+        if len(teams) <= _SCANNED:
+            return self._scan(teams, lines, items, limit)
         held = [team.tokens for team in teams]
         seen = [team.pairs for team in teams]
         most = [team.price.most_tokens for team in teams]
-        if len(teams) <= _SCANNED:
-            return self._scan(teams, lines, items, limit, end)
         heap = [
             (max(_seconds(line, tokens, pairs) / limit, tokens / room), place)
             for place, (line, tokens, pairs, room) in enumerate(
@@ -255,33 +283,23 @@ class Batch:
             )
         ]
         heapq.heapify(heap)
-        most_tries = len(heap) if len(heap) <= _FEW_GROUPS else _TRIES
-        tries = len(heap)  # of the first, which some group holds
         left: list[int] = []
-        misses = 0
         given = zip(
             items.tolist(), self.tokens[items].tolist(), self.pairs[items].tolist(), strict=True
         )
         for item, size, square in given:
             aside: list[tuple[float, int]] = []
-            while misses < _MISSES and heap and len(aside) < tries:
-                place = heap[0][1]
-                tokens = held[place] + size
-                if tokens <= most[place]:
-                    pairs = seen[place] + square
-                    seconds = _seconds(lines[place], tokens, pairs)
-                    if seconds <= end:
-                        held[place], seen[place] = tokens, pairs
-                        teams[place].items.append(item)
-                        full, full_memory = seconds / limit, tokens / most[place]
-                        full = full if full > full_memory else full_memory
-                        heapq.heapreplace(heap, (full, place))
-                        misses, tries = 0, most_tries
-                        break
+            while heap and held[heap[0][1]] + size > most[heap[0][1]]:
                 aside.append(heapq.heappop(heap))
+            if heap:
+                place = heap[0][1]
+                tokens = held[place] = held[place] + size
+                pairs = seen[place] = seen[place] + square
+                teams[place].items.append(item)
+                full, full_memory = _seconds(lines[place], tokens, pairs) / limit, tokens / most[place]
+                heapq.heapreplace(heap, (full if full > full_memory else full_memory, place))
             else:
                 left.append(item)
-                misses += 1
             for one in aside:
                 heapq.heappush(heap, one)
         for team, tokens, pairs in zip(teams, held, seen, strict=True):
@@ -289,7 +307,7 @@ class Batch:
         return left
 
     def _scan(
-        self, teams: list[Team], lines: list["_Line"], items: Ints, limit: float, end: float
+        self, teams: list[Team], lines: list["_Line"], items: Ints, limit: float
     ) -> list[int]:
         """As ``_spread``, but to the group that is least full with the sequence: for few groups."""
         left = []
@@ -298,9 +316,8 @@ class Batch:
             best, least = None, np.inf
             for team, line in zip(teams, lines, strict=True):
                 tokens, room = team.tokens + size, team.price.most_tokens
-                seconds = _seconds(line, tokens, team.pairs + square)
-                if tokens <= room and seconds <= end:
-                    full = max(seconds / limit, tokens / room)
+                if tokens <= room:
+                    full = max(_seconds(line, tokens, team.pairs + square) / limit, tokens / room)
                     if full < least:
                         best, least = team, full
             if best is None:

@@ -7,7 +7,6 @@ little is left over. In small batches sequences are then moved between micro-bat
 that helps.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,6 +22,7 @@ _TRIED, _TRIED_ALL = 2, 256  # cuts that are packed for real: two, and all of fe
 _FILLED = 180  # about so many micro-batches are packed for each
 _REPACKED = 1024  # of so few sequences every micro-batch is packed at other limits, too
 # Changes of a cut's time limits, each up if a packing overran, down if not.
+_UNITS = (1, 2, 4, 8)
 _STEPS = (0.08, 0.04, 0.02, 0.01, 0.005, 0.0025)
 
 
@@ -37,10 +37,11 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
     for cut in cuts(batch)[:tried]:
         if cut.seconds >= min(least, under_s):
             break
-        for shelves in _packings(batch, cut):
-            took = total_s(batch, shelves)
-            if took < least:
-                best, least = shelves, took
+        for unit in _UNITS:
+            for shelves in _packings(batch, cut, unit):
+                took = total_s(batch, shelves)
+                if took < least:
+                    best, least = shelves, took
     if len(batch.tokens) <= _REPACKED:
         best = [_repacked(batch, shelf) for shelf in best]
     if best and len(batch.tokens) <= _FEW:
@@ -48,13 +49,11 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
     return best
 
 
-def _packings(batch: Batch, cut: Cut) -> Iterator[list[Shelf]]:
-    """Parts as they were cut; then parts of what fits in time, for better and better limits."""
+def _packings(batch: Batch, cut: Cut, unit: int) -> Iterator[list[Shelf]]:
+    """What fits in time, for better and better limits."""
     scale = 1.0
-    if len(batch.tokens) <= _REPACKED:
-        yield _packed(batch, cut, scale, strict=False)
     for step in _STEPS[: max(2, _FILLED // len(cut.ends))]:
-        shelves = _packed(batch, cut, scale, strict=True)
+        shelves = _packed(batch, cut, scale, unit)
         yield shelves
         aim = batch.prices.whole_s(np.array(cut.limits_s) * scale).sum()
         over = total_s(batch, shelves) > aim * (1 + 1e-9)
@@ -66,27 +65,22 @@ def _repacked(batch: Batch, shelf: Shelf) -> Shelf:
     return other if other and other.seconds < shelf.seconds else shelf
 
 
-def _packed(batch: Batch, cut: Cut, scale: float, *, strict: bool) -> list[Shelf]:
-    """Each part packed; what doesn't fit goes to the next one, or to new ones at the end."""
+def _packed(batch: Batch, cut: Cut, scale: float, unit: int) -> list[Shelf]:
+    """Each micro-batch filled up, what doesn't fit goes to the next; the last one evenly."""
     shelves: list[Shelf] = []
     rest = list(range(len(batch.tokens)))
     floor = batch.prices.gather_s if batch.prices.overlap else 0.0
-    for end, limit in zip(cut.ends, cut.limits_s, strict=True):
-        last = end == cut.ends[-1]
-        spare = (end - rest[0]) // 8 + 8 if strict else 0
-        count = len(rest) if last else max(1, bisect_left(rest, end + spare))
-        limit = max(limit * scale, floor)
-        shelf, left = batch.fill(rest[:count], limit, slack=cut.slack, strict=strict and not last)
-        rest = left + rest[count:]
-        shelves.append(shelf)
-        if not rest:
-            break
     while rest:
-        limit = max(batch.floor_s(np.array(rest)), floor)
-        shelf, rest = batch.fill(rest, limit, slack=cut.slack, strict=False)
+        limit = cut.limits_s[min(len(shelves), len(cut.limits_s) - 1)]
+        limit = max(limit * scale, floor)
+        shelf, left = batch.fill(rest, limit, slack=cut.slack, unit=unit)
         assert shelf.items  # all ranks are free: the longest has room
+        if not left:
+            even = batch.even(rest, max(batch.floor_s(np.array(rest)), floor))
+            shelf = even if even and even.seconds < shelf.seconds else shelf
         shelves.append(shelf)
-    return [shelf for shelf in shelves if shelf.items]
+        rest = left
+    return shelves
 
 
 def _improved(batch: Batch, shelves: list[Shelf]) -> list[Shelf]:
