@@ -18,7 +18,7 @@ _PLACES = 256  # about so many places to cut; in batches of no more sequences,
 _LONGEST = 6  # the own times of so many of them are limits as well
 # Shares of the time limit that long sequences take, in groups that others fill up; and of the
 # ranks' time and memory that a packing may be able to use.
-_WAYS = ((1.0, 1.0), (0.8, 1.0), (0.6, 1.0))
+_WAYS = ((1.0, 1.0), (0.8, 1.0))
 _MORE_WAYS = ((1.0, 0.9), (1.0, 0.8))
 
 
@@ -71,26 +71,11 @@ def _shortest(batch: Batch, limits: Floats, places: Ints, slack: float, fill: fl
 
 def _ends(batch: Batch, limit: float, places: Ints, slack: float, fill: float) -> Ints:
     """By place where a micro-batch begins, the place where one of this limit ends; 0 if at none."""
-    every = np.arange(len(batch.tokens))
-    area = np.full(len(every), np.inf)
-    memory = np.full(len(every), np.inf)
-    density = float(batch.tokens.sum()) / float(batch.areas.sum())
-    for pool, times, own, size in zip(
-        batch.prices.pools,
-        batch.planned,
-        batch.smallest(every, limit * slack),
-        batch.smallest(every, limit),
-        strict=True,
-    ):
-        c = pool.columns
-        size = np.where(own >= 0, own, size)
-        ranks, took = c.ranks[size], times[every, size]
-        took_area = (took - c.fixed_s[size]) * ranks * pool.weight
-        # What other sequences could take of the group's memory in the time it has left.
-        other = (limit - took) * ranks * pool.weight * density
-        taken = np.maximum(batch.tokens, np.where(ranks > 1, c.most_tokens[size] - other, 0))
-        better = (size >= 0) & (took_area < area)
-        area, memory = np.where(better, took_area, area), np.where(better, taken, memory)
+    area, memory = batch.short
+    long = batch.longer_than(limit * slack)
+    if long:
+        area, memory = area.copy(), memory.copy()
+        area[:long], memory[:long] = _long(batch, limit, slack, long)
     possible = np.isfinite(area)
     areas, held = _added(np.where(possible, area, 0.0)), _added(np.where(possible, memory, 0.0))
     room = (limit - batch.fixed_s) * batch.speed * fill * (1 + 1e-9)
@@ -103,6 +88,27 @@ def _ends(batch: Batch, limit: float, places: Ints, slack: float, fill: float) -
     end = np.maximum(end, np.arange(1, len(places)))
     found: Ints = np.where(possible[starts], end, 0)
     return found
+
+
+def _long(batch: Batch, limit: float, slack: float, count: int) -> tuple[Floats, Floats]:
+    """Rank-seconds and memory that so many of the longest take in groups of several ranks."""
+    every = np.arange(count)
+    area, memory = np.full(count, np.inf), np.full(count, np.inf)
+    density = float(batch.tokens.sum()) / float(batch.areas.sum())
+    sizes = batch.smallest(every, limit)
+    owns = batch.smallest(every, limit * slack) if slack < 1 else sizes
+    for pool, times, own, size in zip(batch.prices.pools, batch.planned, owns, sizes, strict=True):
+        c = pool.columns
+        size = np.where(own >= 0, own, size)
+        ranks, took = c.ranks[size], times[every, size]
+        took_area = (took - c.fixed_s[size]) * ranks * pool.weight
+        # What other sequences could take of the group's memory in the time it has left.
+        other = (limit - took) * ranks * pool.weight * density
+        blocked = np.where(ranks > 1, c.most_tokens[size] - other, 0)
+        taken = np.maximum(batch.tokens[:count], blocked)
+        better = (size >= 0) & (took_area < area)
+        area, memory = np.where(better, took_area, area), np.where(better, taken, memory)
+    return area, memory
 
 
 def _places(batch: Batch) -> Ints:

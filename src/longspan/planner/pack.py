@@ -77,6 +77,26 @@ class Batch:
         return least
 
     @cached_property
+    def short(self) -> tuple[Floats, Floats]:
+        """Rank-seconds and memory of each sequence on one rank, beside what a group takes."""
+        least = np.full(len(self.tokens), np.inf)
+        for pool, times in zip(self.prices.pools, self.times, strict=True):
+            price = pool.prices[0]
+            alone = (times[:, 0] - price.fixed_s) * price.ranks * pool.weight
+            least = np.minimum(least, alone)
+        return least, self.tokens.astype(np.float64)
+
+    @cached_property
+    def _alone_s(self) -> Floats:
+        """Seconds on one rank, of the slowest: ascending, the longest sequence's last."""
+        slowest: Floats = np.max([times[::-1, 0] for times in self.planned], axis=0)
+        return slowest
+
+    def longer_than(self, limit_s: float) -> int:
+        """How many sequences, the longest, take longer than this on one rank."""
+        return len(self.tokens) - int(np.searchsorted(self._alone_s, limit_s, side="right"))
+
+    @cached_property
     def quickest(self) -> Floats:
         """The least seconds that each sequence takes in any group."""
         best: Floats = np.min([times.min(axis=1) for times in self.times], axis=0)
@@ -157,7 +177,7 @@ class Batch:
         return found
 
     def fill(
-        self, items: Sequence[int], limit_s: float, *, slack: float = 1.0, unit: int = 1
+        self, items: Sequence[int], limit_s: float, *, slack: float = 1.0, unit: int = 1, snap: bool = False
     ) -> tuple[Shelf, list[int]]:
         """A shelf of as many of these as end in time, longest first; and the others.
 
@@ -171,7 +191,7 @@ class Batch:
             late = np.flatnonzero(size < 0)
             if len(late):
                 size[late] = self.smallest(where[late], limit_s)[pool]
-        return self._pack(where, sizes, limit_s, self.only or unit, full=True)
+        return self._pack(where, sizes, limit_s, self.only or unit, full=True, snap=snap)
 
     def even(self, items: Sequence[int], limit_s: float) -> Shelf | None:
         """A shelf of all of these, its groups as full as each other; None if they don't fit."""
@@ -181,7 +201,7 @@ class Batch:
         return None if left else shelf
 
     def _pack(
-        self, items: Ints, sizes: list[Ints], limit: float, unit: int, *, full: bool = False
+        self, items: Ints, sizes: list[Ints], limit: float, unit: int, *, full: bool = False, snap: bool = False
     ) -> tuple[Shelf, list[int]]:
         """Groups for the long ones, the others in them and in ``unit`` ranks each; what is left.
 
@@ -206,17 +226,21 @@ class Batch:
             teams.append(team)
         teams += self._others(free, unit)
         share(teams)
+        if snap:
+            limit = max((team.seconds for team in teams), default=0.0) or limit
         spread = self._filled if full else self._spread
         left += spread(teams, items[alone], limit)
         return Shelf(teams), sorted(left)
 
     def _open(self, options: list[tuple[int, int]], free: list[int]) -> Team | None:
         """A group of the option that takes least, of those that there is room for."""
-        pools = self.prices.pools
+        pools, most = self.prices.pools, sum(free)
         for pool, size in sorted(
             options, key=lambda o: pools[o[0]].prices[o[1]].ranks * pools[o[0]].weight
         ):
             price = pools[pool].prices[size]
+            if price.ranks > most:
+                continue
             taken = place(price.ranks, pools[pool].nodes, free, self.prices)
             if taken is not None:
                 for node, count in taken.items():

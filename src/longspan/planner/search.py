@@ -8,6 +8,7 @@ that helps.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,12 +19,21 @@ from longspan.planner.teams import Shelf
 __all__ = ["search", "total_s"]
 
 _FEW = 16  # so few sequences are all moved one by one
-_TRIED, _TRIED_ALL = 2, 256  # cuts that are packed for real: two, and all of few sequences
-_FILLED = 180  # about so many micro-batches are packed for each
 _REPACKED = 1024  # of so few sequences every micro-batch is packed at other limits, too
-# Changes of a cut's time limits, each up if a packing overran, down if not.
-_UNITS = (1, 2, 4, 8)
-_STEPS = (0.08, 0.04, 0.02, 0.01, 0.005, 0.0025)
+_WORK = 40_000  # about so many sequences and groups are placed, in all packings together
+# By how much a cut's time limits are scaled: at first; then from the best, more and more finely.
+_SCALES, _STEPS = (1.0, 1.12, 1.25, 1.4), (0.05, 0.025, 0.0125)
+_UNITS = (1, 4, 8)  # ranks of short sequences' groups: several are fuller of memory
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How to pack a cut: its limits' scale, short sequences' ranks, whether limits snap."""
+
+    cut: Cut
+    unit: int = 1
+    snap: bool = True
+    scale: float = 1.0
 
 
 def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
@@ -31,17 +41,21 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
 
     None are returned if there is no hope that they take less than ``under_s``.
     """
-    best: list[Shelf] = []
-    least = np.inf
-    tried = None if len(batch.tokens) <= _TRIED_ALL else _TRIED
-    for cut in cuts(batch)[:tried]:
-        if cut.seconds >= min(least, under_s):
-            break
-        for unit in _UNITS:
-            for shelves in _packings(batch, cut, unit):
-                took = total_s(batch, shelves)
-                if took < least:
-                    best, least = shelves, took
+    tries = _Tries(batch)
+    for cut in cuts(batch):
+        if cut.seconds < min(tries.least, under_s):
+            for unit in _UNITS:
+                for snap in (True, False):
+                    for scale in _SCALES:
+                        tries.pack(_Way(cut, unit, snap, scale))
+    if not tries.best:
+        return []
+    for step in _STEPS:
+        way = tries.way
+        for scale in (way.scale * (1 + step), way.scale / (1 + step)):
+            for snap in (True, False):
+                tries.pack(replace(way, scale=scale, snap=snap))
+    best = tries.best
     if len(batch.tokens) <= _REPACKED:
         best = [_repacked(batch, shelf) for shelf in best]
     if best and len(batch.tokens) <= _FEW:
@@ -49,38 +63,48 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
     return best
 
 
-def _packings(batch: Batch, cut: Cut, unit: int) -> Iterator[list[Shelf]]:
-    """What fits in time, for better and better limits."""
-    scale = 1.0
-    for step in _STEPS[: max(2, _FILLED // len(cut.ends))]:
-        shelves = _packed(batch, cut, scale, unit)
-        yield shelves
-        aim = batch.prices.whole_s(np.array(cut.limits_s) * scale).sum()
-        over = total_s(batch, shelves) > aim * (1 + 1e-9)
-        scale *= 1 + step if over else 1 / (1 + step)
+class _Tries:
+    """The best packing so far, and how it was found."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.best: list[Shelf] = []
+        self.least = np.inf
+        self.way: _Way
+        self.work = 0
+
+    def pack(self, way: _Way) -> None:
+        """Each micro-batch filled up, what doesn't fit goes to the next; the last one evenly."""
+        if self.work > _WORK:
+            return
+        batch, prices = self.batch, self.batch.prices
+        shelves: list[Shelf] = []
+        took, limits = 0.0, way.cut.limits_s
+        rest = list(range(len(batch.tokens)))
+        floor = prices.gather_s if prices.overlap else 0.0
+        while rest:
+            least = float(prices.whole_s(batch.floor_s(np.array(rest))))
+            if took + least >= self.least:
+                return
+            limit = max(limits[min(len(shelves), len(limits) - 1)] * way.scale, floor)
+            shelf, left = batch.fill(
+                rest, limit, slack=way.cut.slack, unit=way.unit, snap=way.snap
+            )
+            assert shelf.items  # all ranks are free: the longest has room
+            if not left:
+                even = batch.even(rest, max(batch.floor_s(np.array(rest)), floor))
+                shelf = even if even and even.seconds < shelf.seconds else shelf
+            self.work += len(rest) - len(left) + len(shelf.teams)
+            shelves.append(shelf)
+            took += float(prices.whole_s(shelf.seconds))
+            rest = left
+        if took < self.least:
+            self.best, self.least, self.way = shelves, took, way
 
 
 def _repacked(batch: Batch, shelf: Shelf) -> Shelf:
     other = batch.best(shelf.items, shelf.seconds)
     return other if other and other.seconds < shelf.seconds else shelf
-
-
-def _packed(batch: Batch, cut: Cut, scale: float, unit: int) -> list[Shelf]:
-    """Each micro-batch filled up, what doesn't fit goes to the next; the last one evenly."""
-    shelves: list[Shelf] = []
-    rest = list(range(len(batch.tokens)))
-    floor = batch.prices.gather_s if batch.prices.overlap else 0.0
-    while rest:
-        limit = cut.limits_s[min(len(shelves), len(cut.limits_s) - 1)]
-        limit = max(limit * scale, floor)
-        shelf, left = batch.fill(rest, limit, slack=cut.slack, unit=unit)
-        assert shelf.items  # all ranks are free: the longest has room
-        if not left:
-            even = batch.even(rest, max(batch.floor_s(np.array(rest)), floor))
-            shelf = even if even and even.seconds < shelf.seconds else shelf
-        shelves.append(shelf)
-        rest = left
-    return shelves
 
 
 def _improved(batch: Batch, shelves: list[Shelf]) -> list[Shelf]:
