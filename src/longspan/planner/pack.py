@@ -6,8 +6,6 @@ is least full of time and memory, those of the long ones among them. What comes 
 improved by moving sequences, and ranks, away from the group that ends last.
 """
 
-import heapq
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from longspan.planner.prices import Floats, Ints, Pool, Prices
+from longspan.planner.spread import fill, spread
 from longspan.planner.teams import Shelf, Team, place, share
 
 __all__ = ["Batch"]
 
 _LIMITS = (1.0, 1.03, 1.07, 1.13, 1.25, 1.5, 2.2, 5.0)
-_SCANNED = 12  # so few groups are all looked at for each sequence
 _ALL_LIMITS = 64  # so few sequences times sizes have all limits, and rests of all sizes, tried
 
 _SMALL = 1024  # sequences times sizes of a batch for which one size for all is tried, too
@@ -123,6 +121,15 @@ class Batch:
         area = float(self.areas[items].sum()) / self.speed
         return max(float(self.quickest[items].max()), self.fixed_s + area)
 
+    def least_s(self, items: Ints) -> float:
+        """No micro-batches of these sequences take less together."""
+        more = -(-int(self.tokens[items].sum()) // self.prices.capacity) - 1
+        each = float(self.prices.whole_s(self.fixed_s))
+        area = float(self.areas[items].sum()) / self.speed + (more + 1) * self.fixed_s
+        area = area + (more + 1) * self.prices.gather_s
+        longest = float(self.prices.whole_s(self.quickest[items[0]])) + more * each
+        return longest if self.prices.overlap else max(longest, area)
+
     def smallest(self, items: Ints, limit_s: float) -> list[Ints]:
         """By pool, the place of the smallest size that ends in time; -1 where none does."""
         found = []
@@ -159,8 +166,8 @@ class Batch:
             if key == before:
                 continue
             before = key
-            shelf, left = self._pack(items, sizes, limit, unit)
-            if left:
+            shelf = self._even(items, sizes, limit, unit)
+            if shelf is None:
                 continue
             if best is None or shelf.seconds < best.seconds:
                 best = shelf
@@ -177,36 +184,38 @@ class Batch:
         return found
 
     def fill(
-        self, items: Sequence[int], limit_s: float, *, slack: float = 1.0, unit: int = 1, snap: bool = False
-    ) -> tuple[Shelf, list[int]]:
+        self, items: Ints, limit_s: float, *, slack: float = 1.0, unit: int = 1, snap: bool = False
+    ) -> tuple[Shelf, Ints]:
         """A shelf of as many of these as end in time, longest first; and the others.
 
-        Long ones get groups in which they take ``slack`` of the time limit. The longest of all is
-        in the shelf even if it always takes longer.
+        Long ones get groups in which they take ``slack`` of the time limit; with ``snap`` the time
+        that those take becomes the limit. The longest is in the shelf, whatever it takes.
         """
-        where = np.array(items, dtype=np.int64)
-        limit_s = max(limit_s, float(self.quickest[where[0]]) * (1 + 1e-9))
-        sizes = self.smallest(where, limit_s * slack)
-        for pool, size in enumerate(sizes):
-            late = np.flatnonzero(size < 0)
-            if len(late):
-                size[late] = self.smallest(where[late], limit_s)[pool]
-        return self._pack(where, sizes, limit_s, self.only or unit, full=True, snap=snap)
+        limit_s = max(limit_s, float(self.quickest[items[0]]) * (1 + 1e-9))
+        sizes = self.smallest(items, limit_s * slack)
+        if slack < 1:
+            for size, other in zip(sizes, self.smallest(items, limit_s), strict=True):
+                np.copyto(size, other, where=size < 0)
+        teams, others, left = self._opened(items, sizes, self.only or unit)
+        if snap:
+            limit_s = max((team.seconds for team in teams), default=0.0) or limit_s
+        left += fill(teams, others, self.tokens[others], self.pairs[others], limit_s)
+        return Shelf(teams), np.sort(np.array(left, dtype=np.int64))
 
-    def even(self, items: Sequence[int], limit_s: float) -> Shelf | None:
+    def even(self, items: Ints, limit_s: float, unit: int = 1) -> Shelf | None:
         """A shelf of all of these, its groups as full as each other; None if they don't fit."""
-        where = np.array(items, dtype=np.int64)
-        sizes = self.smallest(where, limit_s)
-        shelf, left = self._pack(where, sizes, limit_s, self.only or 1)
-        return None if left else shelf
+        return self._even(items, self.smallest(items, limit_s), limit_s, self.only or unit)
 
-    def _pack(
-        self, items: Ints, sizes: list[Ints], limit: float, unit: int, *, full: bool = False, snap: bool = False
-    ) -> tuple[Shelf, list[int]]:
-        """Groups for the long ones, the others in them and in ``unit`` ranks each; what is left.
+    def _even(self, items: Ints, sizes: list[Ints], limit: float, unit: int) -> Shelf | None:
+        teams, others, left = self._opened(items, sizes, unit)
+        if left or spread(teams, others, self.tokens[others], self.pairs[others], limit):
+            return None
+        return Shelf(teams)
 
-        With ``full`` one group after the other is filled up; else all are as full as each other.
-        """
+    def _opened(
+        self, items: Ints, sizes: list[Ints], unit: int
+    ) -> tuple[list[Team], Ints, list[int]]:
+        """Groups for the long ones, and of ``unit`` ranks; the other sequences; what has no room."""
         free = [len(node) for node in self.prices.nodes]
         alone = np.zeros(len(items), dtype=bool)
         fits = np.zeros(len(items), dtype=bool)
@@ -226,11 +235,7 @@ class Batch:
             teams.append(team)
         teams += self._others(free, unit)
         share(teams)
-        if snap:
-            limit = max((team.seconds for team in teams), default=0.0) or limit
-        spread = self._filled if full else self._spread
-        left += spread(teams, items[alone], limit)
-        return Shelf(teams), sorted(left)
+        return teams, items[alone], left
 
     def _open(self, options: list[tuple[int, int]], free: list[int]) -> Team | None:
         """A group of the option that takes least, of those that there is room for."""
@@ -267,113 +272,3 @@ class Batch:
             for node, count in enumerate(free)
             for _ in range(count)
         ]
-
-    def _filled(self, teams: list[Team], items: Ints, limit: float) -> list[int]:
-        """Each group in turn takes the longest that it has time and memory for; what is left."""
-        end = limit * (1 + 1e-9)
-        rest = items[::-1].tolist()
-        sizes, squares = self.tokens[rest].tolist(), self.pairs[rest].tolist()
-        for team in teams:
-            line, room = _line(team), team.price.most_tokens
-            tokens, pairs = team.tokens, team.pairs
-            while place := bisect_right(sizes, room - tokens):
-                if _seconds(line, tokens + sizes[place - 1], pairs + squares[place - 1]) > end:
-                    low, place = 0, place - 1
-                    while low < place:
-                        middle = (low + place) // 2
-                        seconds = _seconds(line, tokens + sizes[middle], pairs + squares[middle])
-                        low, place = (middle + 1, place) if seconds <= end else (low, middle)
-                    if not place:
-                        break
-                place -= 1
-                team.items.append(rest.pop(place))
-                tokens += sizes.pop(place)
-                pairs += squares.pop(place)
-            team.tokens, team.pairs = tokens, pairs
-        return rest
-
-    def _spread(self, teams: list[Team], items: Ints, limit: float) -> list[int]:
-        """Each to the group that is least full of time, and of memory; those that fit none."""
-        lines = [_line(team) for team in teams]
-        if len(teams) <= _SCANNED:
-            return self._scan(teams, lines, items, limit)
-        held = [team.tokens for team in teams]
-        seen = [team.pairs for team in teams]
-        most = [team.price.most_tokens for team in teams]
-        heap = [
-            (max(_seconds(line, tokens, pairs) / limit, tokens / room), place)
-            for place, (line, tokens, pairs, room) in enumerate(
-                zip(lines, held, seen, most, strict=True)
-            )
-        ]
-        heapq.heapify(heap)
-        left: list[int] = []
-        given = zip(
-            items.tolist(), self.tokens[items].tolist(), self.pairs[items].tolist(), strict=True
-        )
-        for item, size, square in given:
-            aside: list[tuple[float, int]] = []
-            while heap and held[heap[0][1]] + size > most[heap[0][1]]:
-                aside.append(heapq.heappop(heap))
-            if heap:
-                place = heap[0][1]
-                tokens = held[place] = held[place] + size
-                pairs = seen[place] = seen[place] + square
-                teams[place].items.append(item)
-                full, full_memory = _seconds(lines[place], tokens, pairs) / limit, tokens / most[place]
-                heapq.heapreplace(heap, (full if full > full_memory else full_memory, place))
-            else:
-                left.append(item)
-            for one in aside:
-                heapq.heappush(heap, one)
-        for team, tokens, pairs in zip(teams, held, seen, strict=True):
-            team.tokens, team.pairs = tokens, pairs
-        return left
-
-    def _scan(
-        self, teams: list[Team], lines: list["_Line"], items: Ints, limit: float
-    ) -> list[int]:
-        """As ``_spread``, but to the group that is least full with the sequence: for few groups."""
-        left = []
-        for item in items.tolist():
-            size, square = int(self.tokens[item]), float(self.pairs[item])
-            best, least = None, np.inf
-            for team, line in zip(teams, lines, strict=True):
-                tokens, room = team.tokens + size, team.price.most_tokens
-                if tokens <= room:
-                    full = max(_seconds(line, tokens, team.pairs + square) / limit, tokens / room)
-                    if full < least:
-                        best, least = team, full
-            if best is None:
-                left.append(item)
-            else:
-                best.add(item, size, square)
-        return left
-
-
-_Line = tuple[float, float, float, tuple[float, float, float, float] | None]
-
-
-def _line(team: Team) -> _Line:
-    """A group's seconds: fixed, a token, a pair, by head exchange; and by a ring, if it can."""
-    p = team.price
-    heads = (
-        p.fixed_s + p.heads_fixed_s,
-        p.token_s + p.heads_token_s * team.share,
-        p.heads_pair_s,
-    )
-    if np.isinf(p.ring_fixed_s):
-        return *heads, None
-    ring = (p.fixed_s + p.ring_fixed_s, p.token_s, p.ring_pair_s, p.ring_token_s * team.share)
-    return *heads, ring
-
-
-def _seconds(line: _Line, tokens: int, pairs: float) -> float:
-    """``Price.seconds``, for the search's innermost loop."""
-    fixed, token_s, pair_s, ring = line
-    heads = fixed + token_s * tokens + pair_s * pairs
-    if ring is None:
-        return heads
-    fixed, token_s, pair_s, sent_s = ring
-    behind = max(pair_s * pairs, sent_s * tokens)
-    return min(heads, fixed + token_s * tokens + behind)

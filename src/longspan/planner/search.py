@@ -80,19 +80,18 @@ class _Tries:
         batch, prices = self.batch, self.batch.prices
         shelves: list[Shelf] = []
         took, limits = 0.0, way.cut.limits_s
-        rest = list(range(len(batch.tokens)))
+        rest = np.arange(len(batch.tokens))
         floor = prices.gather_s if prices.overlap else 0.0
-        while rest:
-            least = float(prices.whole_s(batch.floor_s(np.array(rest))))
-            if took + least >= self.least:
+        while len(rest):
+            if took + batch.least_s(rest) >= self.least:
                 return
             limit = max(limits[min(len(shelves), len(limits) - 1)] * way.scale, floor)
             shelf, left = batch.fill(
                 rest, limit, slack=way.cut.slack, unit=way.unit, snap=way.snap
             )
             assert shelf.items  # all ranks are free: the longest has room
-            if not left:
-                even = batch.even(rest, max(batch.floor_s(np.array(rest)), floor))
+            if not len(left):
+                even = batch.even(rest, max(batch.floor_s(rest), floor))
                 shelf = even if even and even.seconds < shelf.seconds else shelf
             self.work += len(rest) - len(left) + len(shelf.teams)
             shelves.append(shelf)
