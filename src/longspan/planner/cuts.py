@@ -16,24 +16,19 @@ __all__ = ["Cut", "cuts"]
 _LIMITS = 24
 _PLACES = 256  # about so many places to cut; in batches of no more sequences,
 _LONGEST = 6  # the own times of so many of them are limits as well
-# Shares of the time limit that long sequences take, in groups that others fill up; and of the
-# ranks' time and memory that a packing may be able to use.
-_WAYS = ((1.0, 1.0), (0.8, 1.0))
-_MORE_WAYS = ((1.0, 0.9), (1.0, 0.8))
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Ends of the micro-batches in the sorted batch, and their time limits; of one slack."""
+    """Ends of the micro-batches in the sorted batch, and their time limits."""
 
     ends: tuple[int, ...]
     limits_s: tuple[float, ...]
-    slack: float
     seconds: float
 
 
-def cuts(batch: Batch) -> list[Cut]:
-    """The shortest paths, the quickest first; for few sequences there are more."""
+def cuts(batch: Batch) -> Cut:
+    """The shortest path."""
     every = np.arange(len(batch.tokens))
     prices = batch.prices
     low = batch.fixed_s + 0.25 * float(batch.areas.sum()) / batch.speed / len(every)
@@ -45,14 +40,11 @@ def cuts(batch: Batch) -> list[Cut]:
         exact = np.concatenate([times[:_LONGEST].ravel() for times in batch.planned])
         exact = exact[(exact >= low) & (exact <= high)] * (1 + 1e-9)
         limits = _thinned(np.concatenate([limits, exact]))
-    places = _places(batch)
-    ways = _WAYS + _MORE_WAYS * (len(every) <= _PLACES)
-    found = [_shortest(batch, limits, places, *way) for way in ways]
-    return sorted(found, key=lambda cut: (cut.seconds, -cut.slack))
+    return _shortest(batch, limits, _places(batch))
 
 
-def _shortest(batch: Batch, limits: Floats, places: Ints, slack: float, fill: float) -> Cut:
-    ends = np.array([_ends(batch, limit, places, slack, fill) for limit in limits]).T
+def _shortest(batch: Batch, limits: Floats, places: Ints) -> Cut:
+    ends = np.array([_ends(batch, limit, places) for limit in limits]).T
     each = batch.prices.whole_s(limits)
     total = each + np.where(ends > 0, 0.0, np.inf)
     left = np.zeros(len(places))  # the last place is the end
@@ -66,20 +58,20 @@ def _shortest(batch: Batch, limits: Floats, places: Ints, slack: float, fill: fl
         taken.append(float(limits[chosen[row]]))
         row = int(ends[row, chosen[row]])
         stops.append(int(places[row]))
-    return Cut(tuple(stops), tuple(taken), slack, float(left[0]))
+    return Cut(tuple(stops), tuple(taken), float(left[0]))
 
 
-def _ends(batch: Batch, limit: float, places: Ints, slack: float, fill: float) -> Ints:
+def _ends(batch: Batch, limit: float, places: Ints) -> Ints:
     """By place where a micro-batch begins, the place where one of this limit ends; 0 if at none."""
     area, memory = batch.short
-    long = batch.longer_than(limit * slack)
+    long = batch.longer_than(limit)
     if long:
         area, memory = area.copy(), memory.copy()
-        area[:long], memory[:long] = _long(batch, limit, slack, long)
+        area[:long], memory[:long] = _long(batch, limit, long)
     possible = np.isfinite(area)
     areas, held = _added(np.where(possible, area, 0.0)), _added(np.where(possible, memory, 0.0))
-    room = (limit - batch.fixed_s) * batch.speed * fill * (1 + 1e-9)
-    most = batch.prices.capacity * fill * (1 + 1e-9)
+    room = (limit - batch.fixed_s) * batch.speed * (1 + 1e-9)
+    most = batch.prices.capacity * (1 + 1e-9)
     starts = places[:-1]
     by_time = np.searchsorted(areas, areas[starts] + room, side="right")
     by_memory = np.searchsorted(held, held[starts] + most, side="right")
@@ -90,16 +82,14 @@ def _ends(batch: Batch, limit: float, places: Ints, slack: float, fill: float) -
     return found
 
 
-def _long(batch: Batch, limit: float, slack: float, count: int) -> tuple[Floats, Floats]:
+def _long(batch: Batch, limit: float, count: int) -> tuple[Floats, Floats]:
     """Rank-seconds and memory that so many of the longest take in groups of several ranks."""
     every = np.arange(count)
     area, memory = np.full(count, np.inf), np.full(count, np.inf)
     density = float(batch.tokens.sum()) / float(batch.areas.sum())
     sizes = batch.smallest(every, limit)
-    owns = batch.smallest(every, limit * slack) if slack < 1 else sizes
-    for pool, times, own, size in zip(batch.prices.pools, batch.planned, owns, sizes, strict=True):
+    for pool, times, size in zip(batch.prices.pools, batch.planned, sizes, strict=True):
         c = pool.columns
-        size = np.where(own >= 0, own, size)
         ranks, took = c.ranks[size], times[every, size]
         took_area = (took - c.fixed_s[size]) * ranks * pool.weight
         # What other sequences could take of the group's memory in the time it has left.

@@ -121,6 +121,11 @@ class Batch:
         area = float(self.areas[items].sum()) / self.speed
         return max(float(self.quickest[items].max()), self.fixed_s + area)
 
+    @cached_property
+    def least_count(self) -> int:
+        """As many micro-batches as the tokens take memory, at least."""
+        return -(-int(self.tokens.sum()) // self.prices.capacity)
+
     def least_s(self, items: Ints) -> float:
         """No micro-batches of these sequences take less together."""
         more = -(-int(self.tokens[items].sum()) // self.prices.capacity) - 1
@@ -184,18 +189,15 @@ class Batch:
         return found
 
     def fill(
-        self, items: Ints, limit_s: float, *, slack: float = 1.0, unit: int = 1, snap: bool = False
+        self, items: Ints, limit_s: float, *, unit: int = 1, snap: bool = False
     ) -> tuple[Shelf, Ints]:
         """A shelf of as many of these as end in time, longest first; and the others.
 
-        Long ones get groups in which they take ``slack`` of the time limit; with ``snap`` the time
-        that those take becomes the limit. The longest is in the shelf, whatever it takes.
+        With ``snap`` the time that the groups of long ones take becomes the limit. The longest
+        sequence is in the shelf, whatever it takes.
         """
         limit_s = max(limit_s, float(self.quickest[items[0]]) * (1 + 1e-9))
-        sizes = self.smallest(items, limit_s * slack)
-        if slack < 1:
-            for size, other in zip(sizes, self.smallest(items, limit_s), strict=True):
-                np.copyto(size, other, where=size < 0)
+        sizes = self.smallest(items, limit_s)
         teams, others, left = self._opened(items, sizes, self.only or unit)
         if snap:
             limit_s = max((team.seconds for team in teams), default=0.0) or limit_s

@@ -21,40 +21,40 @@ __all__ = ["search", "total_s"]
 _FEW = 16  # so few sequences are all moved one by one
 _REPACKED = 1024  # of so few sequences every micro-batch is packed at other limits, too
 _WORK = 40_000  # about so many sequences and groups are placed, in all packings together
-# By how much a cut's time limits are scaled: at first; then from the best, more and more finely.
-_SCALES, _STEPS = (1.0, 1.12, 1.25, 1.4), (0.05, 0.025, 0.0125)
-_UNITS = (1, 4, 8)  # ranks of short sequences' groups: several are fuller of memory
+# By how much a cut's time limits are scaled: at first, those that snap and those that don't; then
+# from the best, more and more finely.
+_SNAPPED, _PLAIN, _STEPS = (1.0, 1.12, 1.25, 1.4), (1.0, 1.1), (0.05, 0.025, 0.0125)
+_UNITS = (4, 8)  # ranks of short sequences' groups, where one each may be less full of memory
 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """How to pack a cut: its limits' scale, short sequences' ranks, whether limits snap."""
+    """How a batch is packed: the limits' scale, whether they snap, short sequences' ranks."""
 
-    cut: Cut
+    scale: float
+    snap: bool
     unit: int = 1
-    snap: bool = True
-    scale: float = 1.0
 
 
 def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
     """The best micro-batches found; every sequence must fit in some group.
 
-    None are returned if there is no hope that they take less than ``under_s``.
+    None are returned if none were found that take less than ``under_s``.
     """
-    tries = _Tries(batch)
-    for cut in cuts(batch):
-        if cut.seconds < min(tries.least, under_s):
-            for unit in _UNITS:
-                for snap in (True, False):
-                    for scale in _SCALES:
-                        tries.pack(_Way(cut, unit, snap, scale))
-    if not tries.best:
-        return []
+    cut = cuts(batch)
+    tries = _Tries(batch, cut, under_s)
+    ways = [_Way(scale, True) for scale in _SNAPPED] + [_Way(scale, False) for scale in _PLAIN]
+    for way in ways:
+        tries.pack(way)
+    if batch.only is None:
+        loose = len(tries.best) > batch.least_count
+        for unit in _UNITS:
+            for way in ways if loose else [tries.way, replace(tries.way, snap=not tries.way.snap)]:
+                tries.pack(replace(way, unit=unit))
     for step in _STEPS:
         way = tries.way
         for scale in (way.scale * (1 + step), way.scale / (1 + step)):
-            for snap in (True, False):
-                tries.pack(replace(way, scale=scale, snap=snap))
+            tries.pack(replace(way, scale=scale))
     best = tries.best
     if len(batch.tokens) <= _REPACKED:
         best = [_repacked(batch, shelf) for shelf in best]
@@ -66,11 +66,11 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
 class _Tries:
     """The best packing so far, and how it was found."""
 
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
+    def __init__(self, batch: Batch, cut: Cut, under_s: float) -> None:
+        self.batch, self.cut = batch, cut
         self.best: list[Shelf] = []
-        self.least = np.inf
-        self.way: _Way
+        self.least = under_s
+        self.way = _Way(1.0, True)
         self.work = 0
 
     def pack(self, way: _Way) -> None:
@@ -79,16 +79,14 @@ class _Tries:
             return
         batch, prices = self.batch, self.batch.prices
         shelves: list[Shelf] = []
-        took, limits = 0.0, way.cut.limits_s
+        took, limits = 0.0, self.cut.limits_s
         rest = np.arange(len(batch.tokens))
         floor = prices.gather_s if prices.overlap else 0.0
         while len(rest):
             if took + batch.least_s(rest) >= self.least:
                 return
             limit = max(limits[min(len(shelves), len(limits) - 1)] * way.scale, floor)
-            shelf, left = batch.fill(
-                rest, limit, slack=way.cut.slack, unit=way.unit, snap=way.snap
-            )
+            shelf, left = batch.fill(rest, limit, unit=way.unit, snap=way.snap)
             assert shelf.items  # all ranks are free: the longest has room
             if not len(left):
                 even = batch.even(rest, max(batch.floor_s(rest), floor))
