@@ -131,15 +131,18 @@ def _best(
         sizes = sizes[:1]
     if mode != "flexible" and not sizes:
         raise MemoryLimitError(_too_long(None, held, prices))
-    # In a small batch one degree is tried beside the others: no mode is better than flexible.
+    # One degree in a small batch, and powers of two where not all sizes are, are tried as well: no
+    # mode is better than flexible, and no choice of sizes than any.
     tried = [replace(batch, only=size) for size in sizes if mode != "flexible" or batch.small]
     if mode == "flexible":
-        tried.append(batch)
-    under = under_s - prices.batch_s
-    found = [shelves for one in tried if (shelves := search(one, under))]
-    if not found:
+        tried += [replace(batch, powers=True)] * batch.uneven_sizes + [batch]
+    under, shelves = under_s - prices.batch_s, []
+    for one in tried:
+        if found := search(one, under):
+            took = total_s(batch, found)
+            shelves, under = (found, took) if took < under else (shelves, under)
+    if not shelves:
         return None
-    shelves = min(found, key=lambda shelves: total_s(batch, shelves))
     if exact_s and mode == "flexible":
         from longspan.planner.exact import solve_exactly
 

@@ -22,6 +22,7 @@ __all__ = ["Batch"]
 _LIMITS = (1.0, 1.03, 1.07, 1.13, 1.25, 1.5, 2.2, 5.0)
 _ALL_LIMITS = 64  # so few sequences times sizes have all limits, and rests of all sizes, tried
 
+_BOTH = 1024  # so few sequences are planned with groups of powers of two, too
 _SMALL = 1024  # sequences times sizes of a batch for which one size for all is tried, too
 
 
@@ -29,13 +30,14 @@ _SMALL = 1024  # sequences times sizes of a batch for which one size for all is 
 class Batch:
     """The sequences of a batch, longest first, and what they take in a group of their own.
 
-    With ``only`` all groups have that size.
+    With ``only`` all groups have that size, with ``powers`` all are powers of two.
     """
 
     prices: Prices
     tokens: Ints
     pairs: Floats
     only: int | None = None
+    powers: bool = False
 
     @cached_property
     def times(self) -> list[Floats]:
@@ -58,12 +60,21 @@ class Batch:
         times = pool.seconds(self.tokens[first], self.pairs[first], shares)
         if self.only is not None:
             times[:, pool.columns.ranks != self.only] = np.inf
+        if self.powers:
+            ranks = pool.columns.ranks
+            times[:, (ranks & (ranks - 1)) != 0] = np.inf
         return times[which]
 
     @property
     def small(self) -> bool:
         """Whether there are few enough sequences, and sizes of groups, to try more ways."""
         return len(self.tokens) * sum(len(pool.prices) for pool in self.prices.pools) <= _SMALL
+
+    @property
+    def uneven_sizes(self) -> bool:
+        """Whether groups may have other sizes than powers of two, and there is time to try both."""
+        sizes = {price.ranks for pool in self.prices.pools for price in pool.prices}
+        return len(self.tokens) <= _BOTH and any(size & (size - 1) for size in sizes)
 
     @cached_property
     def areas(self) -> Floats:

@@ -19,6 +19,7 @@ from longspan.planner.teams import Shelf
 __all__ = ["search", "total_s"]
 
 _FEW = 16  # so few sequences are all moved one by one
+_HOPE = 0.95  # packings take at least about so much of what fluids do
 _REPACKED = 1024  # of so few sequences every micro-batch is packed at other limits, too
 _WORK = 40_000  # about so many sequences and groups are placed, in all packings together
 # By how much a cut's time limits are scaled: at first, those that snap and those that don't; then
@@ -39,10 +40,13 @@ class _Way:
 def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
     """The best micro-batches found; every sequence must fit in some group.
 
-    None are returned if none were found that take less than ``under_s``.
+    None are returned if there is no hope that they take less than ``under_s``.
     """
     cut = cuts(batch)
-    tries = _Tries(batch, cut, under_s)
+    if cut.seconds * _HOPE >= under_s:
+        return []
+    few = len(batch.tokens) <= _FEW
+    tries = _Tries(batch, cut, np.inf if few else under_s)
     ways = [_Way(scale, True) for scale in _SNAPPED] + [_Way(scale, False) for scale in _PLAIN]
     for way in ways:
         tries.pack(way)
@@ -58,9 +62,7 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
     best = tries.best
     if len(batch.tokens) <= _REPACKED:
         best = [_repacked(batch, shelf) for shelf in best]
-    if best and len(batch.tokens) <= _FEW:
-        return _improved(batch, best)
-    return best
+    return _improved(batch, best) if few else best
 
 
 class _Tries:
