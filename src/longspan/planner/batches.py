@@ -17,7 +17,7 @@ from longspan.cluster.spec import Cluster
 from longspan.errors import ConfigError, MemoryLimitError
 from longspan.plan import BatchPlan, Group, MicroBatch
 from longspan.planner.bound import lower_bound
-from longspan.planner.pack import Batch
+from longspan.planner.alone import Batch
 from longspan.planner.prices import Ints, Prices, Sharding
 from longspan.planner.search import search, total_s
 from longspan.planner.teams import Shelf, Team, place
@@ -126,7 +126,7 @@ def _best(
     if bound >= under_s:
         return None
     held = max(longest if longest and mode == "static" else 0, int(batch.tokens[0]))
-    sizes = _degrees(prices, held)
+    sizes = _degrees(prices, held) if mode != "flexible" or batch.small else []
     if mode == "static":
         sizes = sizes[:1]
     if mode != "flexible" and not sizes:
@@ -135,7 +135,7 @@ def _best(
     # mode is better than flexible, and no choice of sizes than any.
     tried = [replace(batch, only=size) for size in sizes if mode != "flexible" or batch.small]
     if mode == "flexible":
-        tried += [replace(batch, powers=True)] * batch.uneven_sizes + [batch]
+        tried += [replace(batch, powers=True)] * batch.any_size + [batch]
     under, shelves = under_s - prices.batch_s, []
     for one in tried:
         if found := search(one, under):

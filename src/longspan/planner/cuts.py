@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longspan.planner.pack import Batch
+from longspan.planner.alone import Batch
 from longspan.planner.prices import Floats, Ints
 
 __all__ = ["Cut", "cuts"]
@@ -33,8 +33,8 @@ def cuts(batch: Batch) -> Cut:
     prices = batch.prices
     low = batch.fixed_s + 0.25 * float(batch.areas.sum()) / batch.speed / len(every)
     low = max(low, float(batch.quickest[-1]), prices.gather_s if prices.overlap else 0.0)
-    quickest = np.min([times.min(axis=1) for times in batch.planned], axis=0)
-    high = max(float(quickest.max()), batch.floor_s(every), low) * 1.5
+    quickest = min(float(times[0].min()) for times in batch.planned)
+    high = max(quickest, batch.floor_s(every), low) * 1.5
     limits = np.geomspace(low, high, _LIMITS)
     if len(every) <= _PLACES:
         exact = np.concatenate([times[:_LONGEST].ravel() for times in batch.planned])
@@ -63,8 +63,8 @@ def _shortest(batch: Batch, limits: Floats, places: Ints) -> Cut:
 
 def _ends(batch: Batch, limit: float, places: Ints) -> Ints:
     """By place where a micro-batch begins, the place where one of this limit ends; 0 if at none."""
-    area, memory = batch.short
-    long = batch.longer_than(limit)
+    area, memory = batch.smallest_areas, batch.tokens.astype(np.float64)
+    long = batch.most_s(limit)
     if long:
         area, memory = area.copy(), memory.copy()
         area[:long], memory[:long] = _long(batch, limit, long)
@@ -84,19 +84,25 @@ def _ends(batch: Batch, limit: float, places: Ints) -> Ints:
 
 def _long(batch: Batch, limit: float, count: int) -> tuple[Floats, Floats]:
     """Rank-seconds and memory that so many of the longest take in groups of several ranks."""
-    every = np.arange(count)
+    every, all_sizes = np.arange(count), min(count, batch.long)
     area, memory = np.full(count, np.inf), np.full(count, np.inf)
     density = float(batch.tokens.sum()) / float(batch.areas.sum())
-    sizes = batch.smallest(every, limit)
-    for pool, times, size in zip(batch.prices.pools, batch.planned, sizes, strict=True):
-        c = pool.columns
-        ranks, took = c.ranks[size], times[every, size]
+    for pool, times, alone, size in zip(
+        batch.prices.pools,
+        batch.planned,
+        batch.smallest_s,
+        batch.smallest(every, limit),
+        strict=True,
+    ):
+        c, took = pool.columns, alone[:count].copy()
+        took[:all_sizes] = times[every[:all_sizes], size[:all_sizes]]
+        ranks = c.ranks[size]
         took_area = (took - c.fixed_s[size]) * ranks * pool.weight
         # What other sequences could take of the group's memory in the time it has left.
         other = (limit - took) * ranks * pool.weight * density
         blocked = np.where(ranks > 1, c.most_tokens[size] - other, 0)
         taken = np.maximum(batch.tokens[:count], blocked)
-        better = (size >= 0) & (took_area < area)
+        better = (size >= 0) & (took <= limit) & (took_area < area)
         area, memory = np.where(better, took_area, area), np.where(better, taken, memory)
     return area, memory
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from longspan.planner.cuts import Cut, cuts
-from longspan.planner.pack import Batch
+from longspan.planner.alone import Batch
+from longspan.planner.pack import best_shelf, even_shelf, full_shelf
 from longspan.planner.teams import Shelf
 
 __all__ = ["search", "total_s"]
@@ -51,7 +52,7 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
     for way in ways:
         tries.pack(way)
     if batch.only is None:
-        loose = len(tries.best) > batch.least_count
+        loose = len(tries.best) > batch.least_count(np.arange(len(batch.tokens)))
         for unit in _UNITS:
             for way in ways if loose else [tries.way, replace(tries.way, snap=not tries.way.snap)]:
                 tries.pack(replace(way, unit=unit))
@@ -88,10 +89,10 @@ class _Tries:
             if took + batch.least_s(rest) >= self.least:
                 return
             limit = max(limits[min(len(shelves), len(limits) - 1)] * way.scale, floor)
-            shelf, left = batch.fill(rest, limit, unit=way.unit, snap=way.snap)
+            shelf, left = full_shelf(batch, rest, limit, unit=way.unit, snap=way.snap)
             assert shelf.items  # all ranks are free: the longest has room
             if not len(left):
-                even = batch.even(rest, max(batch.floor_s(rest), floor))
+                even = even_shelf(batch, rest, max(batch.floor_s(rest), floor))
                 shelf = even if even and even.seconds < shelf.seconds else shelf
             self.work += len(rest) - len(left) + len(shelf.teams)
             shelves.append(shelf)
@@ -102,7 +103,7 @@ class _Tries:
 
 
 def _repacked(batch: Batch, shelf: Shelf) -> Shelf:
-    other = batch.best(shelf.items, shelf.seconds)
+    other = best_shelf(batch, shelf.items, shelf.seconds)
     return other if other and other.seconds < shelf.seconds else shelf
 
 
@@ -112,7 +113,7 @@ def _improved(batch: Batch, shelves: list[Shelf]) -> list[Shelf]:
 
     def packed(part: frozenset[int]) -> Shelf | None:
         if part not in known:
-            known[part] = batch.best(sorted(part)) if part else Shelf([])
+            known[part] = best_shelf(batch, sorted(part)) if part else Shelf([])
         return known[part]
 
     def took(part: frozenset[int]) -> float:
