@@ -72,7 +72,7 @@ class Batch:
 
     @cached_property
     def smallest_areas(self) -> Floats:
-        """Rank-seconds of all sequences alone in the smallest group, beside what it takes anyway."""
+        """Rank-seconds of all sequences alone in the smallest group, beside its fixed time."""
         least = np.full(len(self.tokens), np.inf)
         for pool, times in zip(self.prices.pools, self.smallest_s, strict=True):
             price = pool.prices[0]

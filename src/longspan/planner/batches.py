@@ -16,8 +16,8 @@ from longspan.cluster.memory import Checkpointing, Transformer
 from longspan.cluster.spec import Cluster
 from longspan.errors import ConfigError, MemoryLimitError
 from longspan.plan import BatchPlan, Group, MicroBatch
-from longspan.planner.bound import lower_bound
 from longspan.planner.alone import Batch
+from longspan.planner.bound import lower_bound
 from longspan.planner.prices import Ints, Prices, Sharding
 from longspan.planner.search import search, total_s
 from longspan.planner.teams import Shelf, Team, place

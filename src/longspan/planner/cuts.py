@@ -11,7 +11,7 @@ import numpy as np
 from longspan.planner.alone import Batch
 from longspan.planner.prices import Floats, Ints
 
-__all__ = ["Cut", "cuts"]
+__all__ = ["Cut", "shortest"]
 
 _LIMITS = 24
 _PLACES = 256  # about so many places to cut; in batches of no more sequences,
@@ -20,15 +20,14 @@ _LONGEST = 6  # the own times of so many of them are limits as well
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Ends of the micro-batches in the sorted batch, and their time limits."""
+    """Time limits of micro-batches, one after the other, and what they take in all."""
 
-    ends: tuple[int, ...]
     limits_s: tuple[float, ...]
     seconds: float
 
 
-def cuts(batch: Batch) -> Cut:
-    """The shortest path."""
+def shortest(batch: Batch) -> Cut:
+    """The cut that takes least."""
     every = np.arange(len(batch.tokens))
     prices = batch.prices
     low = batch.fixed_s + 0.25 * float(batch.areas.sum()) / batch.speed / len(every)
@@ -40,10 +39,10 @@ def cuts(batch: Batch) -> Cut:
         exact = np.concatenate([times[:_LONGEST].ravel() for times in batch.planned])
         exact = exact[(exact >= low) & (exact <= high)] * (1 + 1e-9)
         limits = _thinned(np.concatenate([limits, exact]))
-    return _shortest(batch, limits, _places(batch))
+    return _path(batch, limits, _places(batch))
 
 
-def _shortest(batch: Batch, limits: Floats, places: Ints) -> Cut:
+def _path(batch: Batch, limits: Floats, places: Ints) -> Cut:
     ends = np.array([_ends(batch, limit, places) for limit in limits]).T
     each = batch.prices.whole_s(limits)
     total = each + np.where(ends > 0, 0.0, np.inf)
@@ -53,12 +52,11 @@ def _shortest(batch: Batch, limits: Floats, places: Ints) -> Cut:
         through = total[first] + left[ends[first]]
         chosen[first] = through.argmin()
         left[first] = through[chosen[first]]
-    row, stops, taken = 0, [], []
+    row, taken = 0, []
     while row < len(places) - 1:
         taken.append(float(limits[chosen[row]]))
         row = int(ends[row, chosen[row]])
-        stops.append(int(places[row]))
-    return Cut(tuple(stops), tuple(taken), float(left[0]))
+    return Cut(tuple(taken), float(left[0]))
 
 
 def _ends(batch: Batch, limit: float, places: Ints) -> Ints:

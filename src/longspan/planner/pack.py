@@ -122,9 +122,11 @@ def _opened(
 
 
 def _open(prices: Prices, wanted: Sequence[int], free: list[int]) -> Team | None:
-    """A group of one of these sizes by pool, the one that takes least of those there is room for."""
+    """A group of one of these sizes by pool: that which takes least, of those with room."""
     pools = prices.pools
-    options = [(pool, pool.prices[size]) for pool, size in zip(pools, wanted, strict=True) if size >= 0]
+    options = [
+        (pool, pool.prices[size]) for pool, size in zip(pools, wanted, strict=True) if size >= 0
+    ]
     for pool, price in sorted(options, key=lambda option: option[1].ranks * option[0].weight):
         taken = place(price.ranks, pool.nodes, free, prices)
         if taken is not None:

@@ -2,9 +2,8 @@
 
 Sorted by length, a batch is cut into micro-batches of sequences alike in length, as a long one
 makes short ones wait (``cuts``). Each is then packed for real (``pack``), with what fits in its
-time limit; what doesn't goes to the next one, and limits are raised or lowered together until
-little is left over. In small batches sequences are then moved between micro-batches as long as
-that helps.
+time limit; what doesn't goes to the next one. That is tried in several ways, for scaled limits. In
+small batches sequences are then moved between micro-batches as long as that helps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from longspan.planner.cuts import Cut, cuts
 from longspan.planner.alone import Batch
+from longspan.planner.cuts import Cut, shortest
 from longspan.planner.pack import best_shelf, even_shelf, full_shelf
 from longspan.planner.teams import Shelf
 
@@ -22,10 +21,10 @@ __all__ = ["search", "total_s"]
 _FEW = 16  # so few sequences are all moved one by one
 _HOPE = 0.95  # packings take at least about so much of what fluids do
 _REPACKED = 1024  # of so few sequences every micro-batch is packed at other limits, too
-_WORK = 40_000  # about so many sequences and groups are placed, in all packings together
+_WORK = 24_000  # about so many sequences and groups are placed, in all packings together
 # By how much a cut's time limits are scaled: at first, those that snap and those that don't; then
 # from the best, more and more finely.
-_SNAPPED, _PLAIN, _STEPS = (1.0, 1.12, 1.25, 1.4), (1.0, 1.1), (0.05, 0.025, 0.0125)
+_SNAPPED, _PLAIN, _STEPS = (1.0, 1.15, 1.35), (1.0, 1.1), (0.05, 0.025, 0.0125)
 _UNITS = (4, 8)  # ranks of short sequences' groups, where one each may be less full of memory
 
 
@@ -43,7 +42,7 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
 
     None are returned if there is no hope that they take less than ``under_s``.
     """
-    cut = cuts(batch)
+    cut = shortest(batch)
     if cut.seconds * _HOPE >= under_s:
         return []
     few = len(batch.tokens) <= _FEW
