@@ -129,6 +129,11 @@ class Batch:
             for times in self.smallest_s
         )
 
+    def least_limit_s(self, item: int) -> float:
+        """The smallest time limit that this sequence has a group for."""
+        by_pool = self.planned if item < self.long else self.smallest_s
+        return min(float(times[item].min()) for times in by_pool)
+
     def floor_s(self, items: Ints) -> float:
         """No micro-batch of these sequences, longest first, ends sooner."""
         area = float(self.areas[items].sum()) / self.speed

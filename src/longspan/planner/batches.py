@@ -135,7 +135,8 @@ def _best(
     # mode is better than flexible, and no choice of sizes than any.
     tried = [replace(batch, only=size) for size in sizes if mode != "flexible" or batch.small]
     if mode == "flexible":
-        tried += [replace(batch, powers=True)] * batch.any_size + [batch]
+        powers = replace(batch, powers=True)
+        tried += [powers] * (batch.any_size and bool(np.isfinite(powers.quickest[0]))) + [batch]
     under, shelves = under_s - prices.batch_s, []
     for one in tried:
         if found := search(one, under):

@@ -32,8 +32,7 @@ def shortest(batch: Batch) -> Cut:
     prices = batch.prices
     low = batch.fixed_s + 0.25 * float(batch.areas.sum()) / batch.speed / len(every)
     low = max(low, float(batch.quickest[-1]), prices.gather_s if prices.overlap else 0.0)
-    quickest = min(float(times[0].min()) for times in batch.planned)
-    high = max(quickest, batch.floor_s(every), low) * 1.5
+    high = max(batch.least_limit_s(0), batch.floor_s(every), low) * 1.5
     limits = np.geomspace(low, high, _LIMITS)
     if len(every) <= _PLACES:
         exact = np.concatenate([times[:_LONGEST].ravel() for times in batch.planned])

@@ -28,7 +28,7 @@ def full_shelf(
     Short ones get groups of ``unit`` ranks. With ``snap`` what the long ones' groups take becomes
     the limit. The longest sequence is in the shelf, whatever it takes.
     """
-    limit_s = max(limit_s, float(batch.quickest[items[0]]) * (1 + 1e-9))
+    limit_s = max(limit_s, batch.least_limit_s(int(items[0])) * (1 + 1e-9))
     teams, others, left = _opened(batch, items, batch.smallest(items, limit_s), batch.only or unit)
     if snap:
         limit_s = max((team.seconds for team in teams), default=0.0) or limit_s

@@ -89,7 +89,9 @@ class _Tries:
                 return
             limit = max(limits[min(len(shelves), len(limits) - 1)] * way.scale, floor)
             shelf, left = full_shelf(batch, rest, limit, unit=way.unit, snap=way.snap)
-            assert shelf.items  # all ranks are free: the longest has room
+            if not shelf.items:  # groups of so many ranks are too few, or too slow
+                assert way.unit > 1  # else the longest has room, as all ranks are free
+                return
             if not len(left):
                 even = even_shelf(batch, rest, max(batch.floor_s(rest), floor))
                 shelf = even if even and even.seconds < shelf.seconds else shelf
