@@ -21,7 +21,8 @@ __all__ = ["search", "total_s"]
 _FEW = 16  # so few sequences are all moved one by one
 _HOPE = 0.95  # packings take at least about so much of what fluids do
 _REPACKED = 1024  # of so few sequences every micro-batch is packed at other limits, too
-_WORK = 24_000  # about so many sequences and groups are placed, in all packings together
+_WORK = 32_000  # about so many sequences and groups are placed, in all packings together;
+_EACH = 16  # a micro-batch counts as so many more
 # By how much a cut's time limits are scaled: at first, those that snap and those that don't; then
 # from the best, more and more finely.
 _SNAPPED, _PLAIN, _STEPS = (1.0, 1.15, 1.35), (1.0, 1.1), (0.05, 0.025, 0.0125)
@@ -52,8 +53,8 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
         tries.pack(way)
     if batch.only is None:
         loose = len(tries.best) > batch.least_count(np.arange(len(batch.tokens)))
-        for unit in _UNITS:
-            for way in ways if loose else [tries.way, replace(tries.way, snap=not tries.way.snap)]:
+        for way in ways if loose else [tries.way, replace(tries.way, snap=not tries.way.snap)]:
+            for unit in _UNITS:
                 tries.pack(replace(way, unit=unit))
     for step in _STEPS:
         way = tries.way
@@ -73,11 +74,12 @@ class _Tries:
         self.best: list[Shelf] = []
         self.least = under_s
         self.way = _Way(1.0, True)
-        self.work = 0
+        # What is sought beside powers of two has half the work.
+        self.work = _WORK // 2 if batch.any_size and not batch.powers else _WORK
 
     def pack(self, way: _Way) -> None:
         """Each micro-batch filled up, what doesn't fit goes to the next; the last one evenly."""
-        if self.work > _WORK:
+        if self.work < 0:
             return
         batch, prices = self.batch, self.batch.prices
         shelves: list[Shelf] = []
@@ -95,7 +97,7 @@ class _Tries:
             if not len(left):
                 even = even_shelf(batch, rest, max(batch.floor_s(rest), floor))
                 shelf = even if even and even.seconds < shelf.seconds else shelf
-            self.work += len(rest) - len(left) + len(shelf.teams)
+            self.work -= len(rest) - len(left) + len(shelf.teams) + _EACH
             shelves.append(shelf)
             took += float(prices.whole_s(shelf.seconds))
             rest = left
