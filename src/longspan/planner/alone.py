@@ -9,7 +9,7 @@ from longspan.planner.prices import Floats, Ints, Pool, Prices
 
 __all__ = ["LONGEST", "Batch"]
 
-LONGEST = 512  # so many sequences, and all that fit no rank, may have groups of several ranks
+LONGEST = 512  # so many sequences, as many as ranks, and all that fit none may have larger groups
 _BOTH = 1024  # so few sequences are planned with groups of powers of two, too
 _SMALL = 1024  # sequences times sizes of a batch for which one size for all is tried, too
 
@@ -33,7 +33,8 @@ class Batch:
         if self.only is not None:
             return len(self.tokens)
         most = min(pool.prices[0].most_tokens for pool in self.prices.pools)
-        return max(min(LONGEST, len(self.tokens)), int((self.tokens > most).sum()))
+        some = min(max(LONGEST, self.prices.world), len(self.tokens))
+        return max(some, int((self.tokens > most).sum()))
 
     @cached_property
     def times(self) -> list[Floats]:

@@ -32,7 +32,8 @@ def shortest(batch: Batch) -> Cut:
     prices = batch.prices
     low = batch.fixed_s + 0.25 * float(batch.areas.sum()) / batch.speed / len(every)
     low = max(low, float(batch.quickest[-1]), prices.gather_s if prices.overlap else 0.0)
-    high = max(batch.least_limit_s(0), batch.floor_s(every), low) * 1.5
+    first = [batch.least_limit_s(item) for item in (0, batch.long) if item < len(every)]
+    high = max(*first, batch.floor_s(every), low) * 1.5
     limits = np.geomspace(low, high, _LIMITS)
     if len(every) <= _PLACES:
         exact = np.concatenate([times[:_LONGEST].ravel() for times in batch.planned])
