@@ -137,7 +137,8 @@ def _best(
     if mode == "flexible":
         powers = replace(batch, powers=True)
         tried += [powers] * (batch.any_size and bool(np.isfinite(powers.quickest[0]))) + [batch]
-    under, shelves = under_s - prices.batch_s, []
+    shelves: list[Shelf] = []
+    under = under_s - prices.batch_s
     for one in tried:
         if found := search(one, under):
             took = total_s(batch, found)

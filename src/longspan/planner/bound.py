@@ -80,13 +80,17 @@ def _others(batch: Batch) -> float:
     tokens, pairs = batch.tokens[LONGEST:], batch.pairs[LONGEST:]
     if not len(tokens):
         return 0.0
-    token_s, pair_s, most = [], [], []
+    ways: list[tuple[Floats, Floats, Floats]] = []  # a token, a pair, and the most tokens, by size
     for pool in batch.prices.pools:
         c, weight = pool.columns, pool.columns.ranks * pool.weight
-        token_s += [weight * (c.token_s + c.heads_token_s), weight * c.token_s]
-        pair_s += [weight * c.heads_pair_s, np.where(c.ranks > 1, weight * c.ring_pair_s, np.inf)]
-        most += [c.most_tokens, c.most_tokens]
-    per_token, per_pair, room = map(np.concatenate, (token_s, pair_s, most))
+        ring_pair_s = np.where(np.isfinite(c.ring_fixed_s), c.ring_pair_s, np.inf)
+        ways.append(
+            (weight * (c.token_s + c.heads_token_s), weight * c.heads_pair_s, c.most_tokens)
+        )
+        ways.append((weight * c.token_s, weight * ring_pair_s, c.most_tokens))
+    per_token = np.concatenate([way[0] for way in ways])
+    per_pair = np.concatenate([way[1] for way in ways])
+    room = np.concatenate([way[2] for way in ways])
     # Few ways are better for any sequence than the one that takes least for a token.
     first = np.where(room >= tokens[0], per_token, np.inf).argmin()
     kept = (per_token < per_token[first] * _SAME) | (per_pair < per_pair[first] * _SAME)

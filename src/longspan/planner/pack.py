@@ -138,7 +138,7 @@ def _open(prices: Prices, wanted: Sequence[int], free: list[int]) -> Team | None
 
 def _others(prices: Prices, free: list[int], unit: int, *, whole: bool) -> list[Team]:
     """Groups of ``unit`` ranks of all that are left, and but for ``whole`` single ones then."""
-    found = []
+    found: list[Team] = []
     if unit > 1:
         ranks = [[price.ranks for price in pool.prices] for pool in prices.pools]
         wanted = [own.index(unit) if unit in own else -1 for own in ranks]

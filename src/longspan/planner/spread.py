@@ -24,7 +24,8 @@ def fill(teams: list[Team], items: Ints, tokens: Ints, pairs: Floats, end_s: flo
     """
     end_s *= 1 + 1e-9
     rest, sizes, squares = items[::-1].tolist(), tokens[::-1].tolist(), pairs[::-1].tolist()
-    line, more = None, []
+    line: _Line | None = None
+    more: list[float] = []  # what each of the rest adds to groups of that line
     for team in teams:
         own = _line(team)
         fixed, token_s, pair_s, ring = own
@@ -71,7 +72,8 @@ def spread(
     left: list[int] = []
     if len(teams) <= _SCANNED:
         for item, size, square in given:
-            best, least = None, np.inf
+            best: Team | None = None
+            least = np.inf
             for team, line in zip(teams, lines, strict=True):
                 held, room = team.tokens + size, team.price.most_tokens
                 if held <= room:
@@ -89,7 +91,7 @@ def spread(
     ]
     heapq.heapify(heap)
     for item, size, square in given:
-        aside = []
+        aside: list[tuple[float, int]] = []
         while heap and (team := teams[heap[0][1]]).tokens + size > team.price.most_tokens:
             aside.append(heapq.heappop(heap))
         if heap:
