@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from outer_reference import inner_step, tiny, together
 from ranks import Ranks, free_port
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 from torch.distributed.fsdp import fully_shard
 
 from longspan.elastic import reach as reaching
+from longspan.elastic.group import gloo_group
 from longspan.elastic.membership import Membership, serve_store
 from longspan.elastic.reach import Reach, leaving, words_of
 from longspan.errors import ConfigError, ExchangeError, LabError, UnreachableError
@@ -108,25 +107,16 @@ def test_who_stops_so_that_those_left_reach_each_other() -> None:
     assert "sites 0 and 1 reach" in words and "stopping: site 1." in words
 
 
-class Names(PrefixStore):
-    """A store that knows for whom it is."""
-
-    def __init__(self, prefix: str, store: Store) -> None:
-        super().__init__(prefix, store)
-        self.whom = prefix.rsplit("/", 1)[-1]
-
-
 def test_sites_that_meet_but_do_not_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Site 0 reaches both others, who don't reach each other: 2 stops, 0 and 1 go on."""
 
-    def gloo(names: Names, rank: int, size: int, wait: timedelta) -> ProcessGroupGloo:
-        if size == 3 or names.whom == "1-2":
+    def group(address: str, name: str, place: int, count: int, timeout_s: float) -> Any:
+        if count == 3 or name.endswith("/1-2"):
             raise RuntimeError("timed out connecting")
-        return ProcessGroupGloo(names, rank, size, wait)
+        return gloo_group(address, name, place, count, timeout_s)
 
     for module in (elastic, reaching):
-        monkeypatch.setattr(module, "ProcessGroupGloo", gloo)
-        monkeypatch.setattr(module, "PrefixStore", Names)
+        monkeypatch.setattr(module, "gloo_group", group)
     store = serve_store(0)
 
     def site(number: int) -> str:

@@ -95,7 +95,7 @@ def test_an_export_is_a_hugging_face_folder(finished: tuple[Path, Any], tmp_path
 def test_a_sites_export_is_the_global_parameters(ranks: Ranks, tmp_path: Path) -> None:
     config = config_in(tmp_path)
     save_config(config, config.run / "config.yaml")
-    agreed = ranks.run(write_site, config, world=2)[0]
+    agreed = ranks.run(write_site, config, world=4)[0]
     assert "site0/step-00000001" in cli("verify", config.run).stdout
     assert cli("export", config.run, tmp_path / "out").exit_code == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
-
+from longspan.elastic.group import gloo_group
 from longspan.elastic.membership import Generation, connect_store
 
 __all__ = ["Reach", "leaving", "reach", "words_of"]
@@ -34,10 +33,8 @@ def reach(
 
     def missed(peer: int) -> bool:
         low, high = sorted((site, peer))
-        # A store's client does one thing at a time: a thread that waits needs its own.
-        store = PrefixStore(f"{prefix}/{low}-{high}", connect_store(address, timeout_s))
         try:
-            ProcessGroupGloo(store, int(site == high), 2, wait)
+            gloo_group(address, f"{prefix}/{low}-{high}", int(site == high), 2, timeout_s)
         except RuntimeError:
             return True
         return False

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
 from longspan.comm.agree import first_words
-from longspan.elastic.membership import Generation, Membership, connect_store, host_and_port
+from longspan.elastic.group import gloo_group
+from longspan.elastic.membership import Generation, Membership, host_and_port
 from longspan.elastic.reach import Reach, leaving, reach, words_of
 from longspan.errors import ConfigError, ExchangeError, UnreachableError
 from longspan.outer.average import GroupAverage, Work
@@ -133,10 +133,9 @@ class ElasticAverage:
             words = self._apart(generation, lane, held)
         try:
             if not words:
-                store = connect_store(self._address, self._timeout_s)
-                here, wait = generation.sites.index(self._site), timedelta(seconds=self._timeout_s)
-                names = PrefixStore(f"{number}/{lane}", store)
-                group = ProcessGroupGloo(names, here, len(generation.sites), wait)
+                here, count = generation.sites.index(self._site), len(generation.sites)
+                name = f"{number}/{lane}"
+                group = gloo_group(self._address, name, here, count, self._timeout_s)
         except RuntimeError as error:
             words = f"the sites didn't come together: {' '.join(str(error).split())[:150]}"
         self._peers = Peers(group, number, self._timeout_s)
