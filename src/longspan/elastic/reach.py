@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 
+from torch.distributed.distributed_c10d import ProcessGroupGloo
+
 from longspan.elastic.group import gloo_group
 from longspan.elastic.membership import Generation, connect_store
 
@@ -31,16 +33,19 @@ def reach(
     wait, prefix = timedelta(seconds=timeout_s), f"reach/{generation.number}/{lane}"
     peers = [peer for peer in generation.sites if peer != site]
 
-    def missed(peer: int) -> bool:
+    def connect(peer: int) -> ProcessGroupGloo | None:
         low, high = sorted((site, peer))
         try:
-            gloo_group(address, f"{prefix}/{low}-{high}", int(site == high), 2, timeout_s)
+            name = f"{prefix}/{low}-{high}"
+            return gloo_group(address, name, int(site == high), 2, timeout_s)
         except RuntimeError:
-            return True
-        return False
+            return None
 
+    # A group that is given up while its peer still connects would fail there: all are kept until
+    # everyone has told what he found.
     with ThreadPoolExecutor(len(peers)) as pool:
-        misses = [peer for peer, miss in zip(peers, pool.map(missed, peers), strict=True) if miss]
+        groups = dict(zip(peers, pool.map(connect, peers), strict=True))
+    misses = [peer for peer, group in groups.items() if group is None]
     store = connect_store(address, timeout_s)
     store.set(f"{prefix}/{site}", json.dumps([held, misses]))
     told = {}
