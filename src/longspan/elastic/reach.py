@@ -27,10 +27,11 @@ def reach(
 ) -> dict[int, Reach]:
     """What each site found that took part, this one connecting to each of the others alone.
 
-    lane: the rank's place in its site. No wait is longer than ``timeout_s``; all sites of the
-    generation must call it, with the same lanes. Raises RuntimeError if the store is away.
+    lane: the rank's place in its site. A pair may take twice ``timeout_s``, and so long the others
+    wait for what they tell. All sites of the generation must call it, with the same lanes. Raises
+    RuntimeError if the store is away.
     """
-    wait, prefix = timedelta(seconds=timeout_s), f"reach/{generation.number}/{lane}"
+    prefix = f"reach/{generation.number}/{lane}"
     peers = [peer for peer in generation.sites if peer != site]
 
     def connect(peer: int) -> ProcessGroupGloo | None:
@@ -46,12 +47,13 @@ def reach(
     with ThreadPoolExecutor(len(peers)) as pool:
         groups = dict(zip(peers, pool.map(connect, peers), strict=True))
     misses = [peer for peer, group in groups.items() if group is None]
-    store = connect_store(address, timeout_s)
+    patience_s = 2 * timeout_s
+    store = connect_store(address, patience_s + timeout_s)  # a client that gives up first is lost
     store.set(f"{prefix}/{site}", json.dumps([held, misses]))
     told = {}
     for one in generation.sites:
         try:
-            store.wait([f"{prefix}/{one}"], wait)
+            store.wait([f"{prefix}/{one}"], timedelta(seconds=patience_s))
         except RuntimeError:  # it is lost, which is another matter
             continue
         its_held, its_misses = json.loads(store.get(f"{prefix}/{one}"))
