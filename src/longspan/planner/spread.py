@@ -23,7 +23,8 @@ def fill(teams: list[Team], items: Ints, tokens: Ints, pairs: Floats, end_s: flo
     returned, shortest first.
     """
     end_s *= 1 + 1e-9
-    rest, sizes, squares = items[::-1].tolist(), tokens[::-1].tolist(), pairs[::-1].tolist()
+    rest: list[int] = items[::-1].tolist()
+    sizes, squares = tokens[::-1].tolist(), pairs[::-1].tolist()
     line: _Line | None = None
     more: list[float] = []  # what each of the rest adds to groups of that line
     for team in teams:
