@@ -14,18 +14,18 @@ class Exchange:
     def __init__(
         self, arriving: Sequence[dist.Work] = (), leaving: Sequence[dist.Work] = ()
     ) -> None:
-        self._arriving, self._leaving = arriving, leaving
+        self._arriving, self._leaving = list(arriving), list(leaving)
 
     def arrive(self) -> None:
         """Return when all that comes to this rank is there."""
-        for work in self._arriving:
-            work.wait()
+        while self._arriving:  # Gloo waits for ever where it is asked a second time
+            self._arriving.pop(0).wait()
 
     def wait(self) -> None:
         """Return when this rank's part is done."""
         self.arrive()
-        for work in self._leaving:
-            work.wait()
+        while self._leaving:
+            self._leaving.pop(0).wait()
 
 
 class Announced:
