@@ -257,7 +257,7 @@ def test_heads_go_in_parts_where_that_pays() -> None:
     kernels = AttentionKernels(32, 32, 64)
 
     def heads(rate: float, latency: float) -> AttentionChoice:
-        plan = plan_attention(cluster(rate, rate, latency=latency), kernels, (0, 8192))
+        plan = plan_attention(cluster(rate, rate, latency=latency), kernels, (0, 32768))
         return next(choice for choice in plan if choice.name == "heads")
 
     computed = heads(1e15, 0).seconds
