@@ -1,10 +1,11 @@
 """Planned per-layer strategies against data-parallel, FSDP and tensor-parallel training, run.
 
 In the lab, 2 nodes × 2 ranks of 0.45 core each, 200 Mbit/s between the nodes; one run. The links
-are probed first, how long ranks that compute wait for each other in an exchange (a device whose
-share of a core is used up is still for milliseconds, which an idle probe's ping doesn't meet), and
+are probed first; how long ranks that compute wait for each other in an exchange (a device whose
+share of a core is used up is still for milliseconds, which an idle probe's ping doesn't meet); and
 how long each model takes without links for a quarter and for half of the batch: what a layer costs
-before it starts, and what its work costs. From these alone every model is planned. A step is forward, backward and SGD in float32, of the same whole batch in every way.
+before it starts, and what its work costs. From these alone every model is planned. A step is
+forward, backward and SGD in float32, of the same whole batch in every way.
 
 - DDP, FSDP2 (on longspan's rings): torch's, whose sums go on beside backward.
 - data-parallel, tensor-parallel: the same as plans, run by ``parallelize_layers`` as the planned

@@ -141,7 +141,7 @@ class RowRunner:
         assert dist.group.WORLD is not None
         self.device, self.site = device, dist.group.WORLD
         example = _example(config, device)
-        self._shape = example["input_ids"].shape
+        self._shape: tuple[int, int] = tuple(example["input_ids"].shape)
         self.model = parallelize_layers(model.train(), plan, self.mesh, example)
 
     def evaluating(self) -> AbstractContextManager[None]:
