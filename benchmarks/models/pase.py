@@ -24,10 +24,11 @@ from longspan.planner.layer_wires import PARTIAL, REPLICATE
 from longspan.planner.price import Prices
 from longspan.schedule.ops import Compute
 
-__all__ = ["DEVICES", "LENGTH", "Rule", "as_run", "data_parallel", "found", "program", "seconds"]
+__all__ = ["DEVICES", "LENGTHS", "as_run", "data_parallel", "found", "program", "seconds"]
 
 DEVICES = (4, 8, 16, 32, 64)
-LENGTH = 256  # of sequences, by default
+# Of sequences: RNNLM's in the graph that was searched (graph.py), and the program's default.
+LENGTHS = {"rnnlm": 64, "transformer": 256}
 _LSTM_LAYERS = 2
 # The axes of the mesh of each, for 4, 8, 16, 32 and 64 devices.
 _AXES = {
@@ -42,8 +43,9 @@ Pair = tuple[str | None, str | None]  # the dims that the mesh's axes split
 Rule = Callable[[Layer], Choice]
 
 
-def program(name: str, length: int = LENGTH) -> tuple[nn.Module, Any]:
+def program(name: str, length: int | None = None) -> tuple[nn.Module, Any]:
     """A model and its inputs, as the program of that name has them."""
+    length = length or LENGTHS.get(name, 1)
     with torch.device("meta"):
         if name == "transformer":
             return Transformer(heads=8, length=length), tokens(3, 64, length)

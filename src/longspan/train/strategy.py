@@ -141,7 +141,8 @@ class RowRunner:
         assert dist.group.WORLD is not None
         self.device, self.site = device, dist.group.WORLD
         example = _example(config, device)
-        self._shape: tuple[int, int] = tuple(example["input_ids"].shape)
+        rows, length = example["input_ids"].shape
+        self._shape = int(rows), int(length)
         self.model = parallelize_layers(model.train(), plan, self.mesh, example)
 
     def evaluating(self) -> AbstractContextManager[None]:
