@@ -25,7 +25,7 @@ from longspan.train.planning import Planning, shards_of
 from longspan.train.record import Recorder
 from longspan.train.sites import make_outer
 from longspan.train.step import StepRunner
-from longspan.train.strategy import RowRunner, strategy_of
+from longspan.train.strategy import RowRunner, strategy_of, tell_strategy
 
 __all__ = ["Job", "make_job", "prove"]
 
@@ -109,12 +109,13 @@ def _split_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
     """A job whose layers a strategy splits."""
     batches = Batches(config)
     vocab_size = batches.tokenizer.vocab_size
-    plan = strategy_of(config, vocab_size, recorder)
+    plan = strategy_of(config, vocab_size)
     model = build_model(config, vocab_size, device)
     parameters = model.num_parameters()
     runner = RowRunner(model, plan, config, device)
     torch.manual_seed(config.train.seed + 1 + dist.get_rank())
     _describe(config, runner.mesh, batches, parameters, recorder)
+    tell_strategy(plan, recorder)
     optimizer = make_optimizer(runner.model, config.optimizer)
     return Job(config, runner.mesh, batches, runner, optimizer, recorder)
 

@@ -31,7 +31,7 @@ from longspan.train.config import Config
 from longspan.train.parallelize import build_model
 from longspan.train.record import Recorder
 
-__all__ = ["RowRunner", "check_strategy", "strategy_of"]
+__all__ = ["RowRunner", "check_strategy", "strategy_of", "tell_strategy"]
 
 _NO_TARGET = -100
 
@@ -83,7 +83,7 @@ def check_strategy(config: Config, world: int) -> None:
         raise ConfigError(f"{where} is for {found} devices, but there are {world} processes")
 
 
-def strategy_of(config: Config, vocab_size: int, recorder: Recorder) -> LayerPlan:
+def strategy_of(config: Config, vocab_size: int) -> LayerPlan:
     """The plan of the run's layers: found, or read, on rank 0; the same on all ranks.
 
     It is kept in the run's folder. Raises PlanError, on every rank, if there is none.
@@ -99,14 +99,17 @@ def strategy_of(config: Config, vocab_size: int, recorder: Recorder) -> LayerPla
     told = json.loads(leaders_words(said))
     if "error" in told:
         raise PlanError(told["error"])
-    plan = TypeAdapter(LayerPlan).validate_python(told["plan"])
-    recorder.note("strategy", told["plan"])
+    return TypeAdapter(LayerPlan).validate_python(told["plan"])
+
+
+def tell_strategy(plan: LayerPlan, recorder: Recorder) -> None:
+    """Record the plan, and say what it and its alternatives are to take."""
+    recorder.note("strategy", asdict(plan))
     others = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in plan.alternatives.items())
     recorder.say(
         f"a strategy for {len(plan.layers)} layers: {1e3 * plan.seconds:.3g} ms foretold"
         + (f" ({others})" if others else "")
     )
-    return plan
 
 
 def _plan(config: Config, vocab_size: int) -> LayerPlan:
