@@ -189,7 +189,8 @@ class StageHooks:
             return [x] * count
         at = form.names.index(self.chunked)
         size, more = divmod(x.shape[at], count)
-        return x.split([size + (number < more) for number in range(count)], at)
+        pieces: Sequence[Tensor] = x.split([size + (number < more) for number in range(count)], at)
+        return pieces
 
     def _of(self, form: Form, sharded: _Sharded) -> Layout:
         return _layout(self.mesh, sharded, form.names)
