@@ -123,6 +123,13 @@ class Workload:
             )
         return rate
 
+    def state(self, sharding: Sharding, *, reduce_once: bool) -> State:
+        """Parameters, gradients and optimizer, if they are spread and reduced so."""
+        return State(
+            *(self.cluster, self.model, sharding, reduce_once, self.memory_limit),
+            *(self.checkpointing, self.attention_kept),
+        )
+
     def prices(self, sharding: Sharding, *, reduce_once: bool = True) -> Prices:
         """The prices of all groups, if parameters are spread so.
 
@@ -141,15 +148,7 @@ class Workload:
             site = int(self.cluster.fabric.site[members[0]])
             key = (kind, len(members), str(node.link), str(node.network), site)
             alike.setdefault(key, []).append(index)
-        state = State(
-            self.cluster,
-            self.model,
-            sharding,
-            reduce_once,
-            self.memory_limit,
-            self.checkpointing,
-            self.attention_kept,
-        )
+        state = self.state(sharding, reduce_once=reduce_once)
         pools = []
         for places in alike.values():
             kind = nodes[places[0]][1]
