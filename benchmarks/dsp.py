@@ -8,9 +8,10 @@ the whole model. Ours, Ulysses and one rank keep all weights, whose gradients ar
 Megatron-style ranks keep shares of them. All have the same loss.
 
 How much of the switches overlap hides is measured where compute allows: a larger model, whose
-stages take longer than their switches at 200 Mbit/s, on ranks of 0.3 core, which leave the cores time to send.
-Forward and backward are run as they are (t), in chunks and without sending, which does all copies,
-in turns; hidden is the median of (t − t in chunks) over that of (t − t without sending).
+stages take longer than their switches at 200 Mbit/s, on ranks of 0.3 core, which leave the cores
+time to send. Forward and backward are run as they are (t), in chunks and without sending, which
+does all copies, in turns; hidden is the median of (t − t in chunks) over that of (t − t without
+sending).
 
 `make bench-peers` installs DeepSpeed.
 """
@@ -364,8 +365,8 @@ def main() -> None:
     figures["hidden"] = round(median(gains) / median(costs), 3)
     plain, chunked, silent = (median(turns[way]) * 1e3 for way in ("switch", "chunks", "silent"))
     console.print(
-        f"{OVERLAPPED} Mbit/s, the larger model, forward and backward: {plain:.0f} ms, in {CHUNKS} chunks "
-        f"{chunked:.0f} ms, without sending {silent:.0f} ms ({len(costs)} turns)"
+        f"{OVERLAPPED} Mbit/s, the larger model, forward and backward: {plain:.0f} ms, in {CHUNKS} "
+        f"chunks {chunked:.0f} ms, without sending {silent:.0f} ms ({len(costs)} turns)"
     )
     targets = {f"ulysses_over_ours_{slow}": 1.7, f"megatron_over_ours_{slow}": 4.0, "hidden": 0.6}
     holds = all(figures[name] >= least for name, least in targets.items())
