@@ -65,6 +65,15 @@ def test_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert stages[0].sizes["space"] == 32 and stages[1].sizes["space"] == 64
     assert stages[1].flops == 1e9 and not stages[1].heads
     assert told(capsys, str(path), "--ranks", "4")[0] == 0
+    # A graph: the third stage takes two results, the fourth what comes from outside.
+    joined = (
+        "  - {name: c, mixes: [time], after: [a, b]}\n  - {name: d, mixes: [time], after: []}\n"
+    )
+    path.write_text(SHORT + joined + "repeat: 2\n")
+    stages = read_stages(path).build()
+    assert stages[6].after == ("a.1", "b.1") and stages[7].after == () and stages[4].after is None
+    code, out, _ = told(capsys, str(path), "--ranks", "4", "--json")
+    assert code == 0 and json.loads(out)["stages"][6]["after"] == ["a.1", "b.1"]
 
 
 @pytest.mark.parametrize(
