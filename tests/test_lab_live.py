@@ -299,8 +299,8 @@ def test_the_command_line_runs_and_tells() -> None:
     assert f"{lab.name}: 2 nodes of 1 ranks, 1 sites, 20mbit, process {os.getpid()}" in listed
 
 
-# A lab with limited devices, and a process that leaves its group, session and parent. What is started
-# in the background ignores SIGINT, and under nohup SIGHUP: they are taken up again.
+# A lab with limited devices, and a process that leaves its group, session and parent. What runs in
+# the background ignores SIGINT, and under nohup SIGHUP: they are taken up again.
 OWNER = """
 import signal
 import sys
