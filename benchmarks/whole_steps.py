@@ -1,19 +1,29 @@
 """Whole training steps, foretold and measured: is the setup that is foretold fastest the fastest?
 
 In the lab, 2 nodes × 2 ranks of 0.45 core each, at 50, 200 and 1,000 Mbit/s, with uneven and with
-even documents and two models: twelve cases, each trained in five ways. Foretold twice: from the
-probe alone, and with the model's own rates as ``train`` measures them before its first step.
+even documents and two models: twelve cases, each trained in five ways. These take turns, a step
+each, so that what disturbs the machine disturbs all; the first steps, in which the planner starts
+and groups are made, don't count. Foretold twice: from the probe alone, and with the model's own
+rates as ``train`` measures them before its first step.
+
+Memory is the most that torch's allocator has handed out on a rank, from before its model is built
+to the end of the second step: counted, not sampled, as ``torch.cuda.max_memory_allocated`` is on
+GPUs. What a process has beside its tensors (libraries, sockets' buffers) isn't in it.
 """
 
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
 import yaml
@@ -29,7 +39,9 @@ from longspan.train.question import question_of, settings_of
 
 BANDWIDTHS = (50, 200, 1000)
 MODELS = {"wide": (128, 2), "deep": (64, 5)}
-LONGEST, STEPS, BATCH_TOKENS = 2048, 4, 8192
+CASES = tuple(product(("uneven", "even"), MODELS))
+LONGEST, BATCH_TOKENS = 2048, 8192
+FIRST, STEPS, MEMORY_STEPS = 2, 4, 2
 SETUPS = {
     "4 contiguous ring": Setup("fixed", 4, "contiguous", "ring", "world", "none"),
     "4 balanced ring": Setup("fixed", 4, "balanced", "ring", "node", "none"),
@@ -52,50 +64,41 @@ def write_documents(path: Path, uneven: bool) -> None:
             file.write(json.dumps({"text": text}) + "\n")
 
 
-def config_of(
-    folder: Path, data: str, model: str, name: str, setup: Setup, documents: int
-) -> Config:
+def config_of(folder: Path, data: str, model: str, name: str, runs: str = "runs") -> Config:
     """The settings of one run."""
     hidden, layers = MODELS[model]
     sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
-    dp = 4 // (setup.sp or 4)
-    fixed = setup.mode == "fixed"
-    setup = replace(
-        setup,
-        accumulate=max(1, BATCH_TOKENS // (dp * LONGEST)),
-        global_batch=None if fixed else documents,
-    )
     values: dict[str, Any] = {
         "name": f"{data}-{model}-{name}".replace(" ", "-"),
-        "runs": str(folder / "runs"),
+        "runs": str(folder / runs),
         "data": {"path": str(folder / f"{data}.jsonl"), "max_length": LONGEST},
         "model": {"type": "llama", "config": sizes},
         "parallel": {"cluster": str(folder / "cluster.yaml")},
-        "train": {"steps": STEPS, "validate_every": STEPS, "validation_sequences": 1},
+        "train": {"steps": FIRST + STEPS},
         "checks": {"leak_probe": False},
-        "checkpoint": {"every": STEPS},
     }
-    for key, value in settings_of(setup, None).items():
+    for key, value in settings_of(setup_of(folder, data, name), None).items():
         section, name_ = key.split(".")
         if value is not None:
             values.setdefault(section, {})[name_] = value
-    path = (
-        folder / "one.yaml" if "RANK" not in os.environ else folder / f"{os.environ['RANK']}.yaml"
-    )
+    path = folder / f"{os.environ.get('RANK', 'one')}.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return load_config(path)
 
 
-def documents_of(folder: Path, data: str) -> int:
-    """Documents that have about a step's tokens."""
+def setup_of(folder: Path, data: str, name: str) -> Setup:
+    """A setup with about as many tokens a step as all."""
+    setup = SETUPS[name]
+    if setup.mode == "fixed":
+        return replace(setup, accumulate=BATCH_TOKENS * (setup.sp or 1) // (4 * LONGEST))
     lines = (folder / f"{data}.jsonl").read_text(encoding="utf-8").splitlines()
     tokens = [len(json.loads(line)["text"]) for line in lines]
-    return round(BATCH_TOKENS * len(tokens) / sum(tokens))
+    return replace(setup, global_batch=round(BATCH_TOKENS * len(tokens) / sum(tokens)))
 
 
-def worker(folder: Path, out: Path) -> None:
-    """On every rank: probe, then train each case in each way; rank 0 writes what came of it."""
+def time_steps(folder: Path) -> dict[str, Any]:
+    """On every rank: probe, then train each case in each way, in turns."""
     import torch
     import torch.distributed as dist
 
@@ -103,9 +106,9 @@ def worker(folder: Path, out: Path) -> None:
     from longspan.cluster.spec import write_cluster
     from longspan.comm.mesh import connect
     from longspan.comm.probe import probe
-    from longspan.trace import curve, read_trace
+    from longspan.train.checkpoint import Progress
     from longspan.train.job import make_job
-    from longspan.train.loop import train
+    from longspan.train.loop import advance
     from longspan.train.record import Recorder
     from longspan.train.stop import StopWish
 
@@ -117,101 +120,195 @@ def worker(folder: Path, out: Path) -> None:
         write_cluster(cluster, folder / "cluster.yaml")
     dist.barrier()
     found: dict[str, Any] = {"fit": str(fit), "runs": []}
-    for data, model, name in product(("uneven", "even"), MODELS, SETUPS):
-        config = config_of(folder, data, model, name, SETUPS[name], documents_of(folder, data))
-        before = _reset_peak()
-        with StopWish() as wish, Recorder(config.run, leader, STEPS) as recorder:
-            job = make_job(config, device, recorder)
-            train(job, wish)
-            if job.planned:
-                job.planned.close()
-        peak = torch.tensor(float(_peak() - before))
-        dist.all_reduce(peak, dist.ReduceOp.MAX)
-        if leader:
-            rows = list(read_trace(config.run / "trace.jsonl"))
-            steps = [value for _, value in curve(rows, "step_s")[1:]]
-            tokens = [value for _, value in curve(rows, "tokens")[1:]]
-            run = {"data": data, "model": model, "setup": name, "peak": peak.item()}
-            run |= {"step_s": median(steps), "tokens_per_s": sum(tokens) / sum(steps)}
-            if (config.run / "rates.json").is_file():
-                kept = json.loads((config.run / "rates.json").read_text(encoding="utf-8"))
-                run["rates"] = kept["rates"]
+    for data, model in CASES:
+        runs = {name: {"data": data, "model": model, "setup": name, "step_s": [], "tokens": []}
+                for name in SETUPS}  # fmt: skip
+        if leader and data == "even":
+            keep_rates(folder, model)
+        with StopWish() as wish, ExitStack() as open_:
+            jobs = {}
+            for name in SETUPS:
+                config = config_of(folder, data, model, name)
+                recorder = open_.enter_context(Recorder(config.run, leader, FIRST + STEPS))
+                jobs[name] = make_job(config, device, recorder)
+            progress = dict.fromkeys(jobs, Progress(0, 0))
+            for step, (name, job) in product(range(FIRST + STEPS), jobs.items()):
+                dist.barrier()
+                start = time.perf_counter()
+                progress[name], _ = advance(job, progress[name], wish)
+                if step >= FIRST:
+                    runs[name]["step_s"].append(time.perf_counter() - start)
+            for job in jobs.values():
+                if job.planned:
+                    job.planned.close()
+        for name, run in runs.items():
+            if leader:
+                kept = config_of(folder, data, model, name).run
+                run["tokens"] = figures(kept, "tokens")[FIRST:]
+                if (kept / "rates.json").is_file():
+                    run["rates"] = json.loads((kept / "rates.json").read_text())["rates"]
             found["runs"].append(run)
-    if leader:
+    return found
+
+
+def count_memory(folder: Path) -> dict[str, Any]:
+    """On every rank: the peak of two steps of each case in each way, the fullest rank's."""
+    import gc
+
+    import torch
+    import torch.distributed as dist
+
+    from longspan.comm.mesh import connect
+    from longspan.train.checkpoint import Progress
+    from longspan.train.job import make_job
+    from longspan.train.loop import advance
+    from longspan.train.record import Recorder
+    from longspan.train.stop import StopWish
+
+    torch.set_num_threads(1)
+    device = connect()
+    leader = dist.get_rank() == 0
+    peaks = {}
+    for (data, model), name in product(CASES, SETUPS):
+        config = config_of(folder, data, model, name, "memory")
+        if leader:
+            keep_rates(folder, model, config.run)
+
+        def two_steps(config: Config = config) -> None:
+            with StopWish() as wish, Recorder(config.run, leader, MEMORY_STEPS) as recorder:
+                job, progress = make_job(config, device, recorder), Progress(0, 0)
+                for _ in range(MEMORY_STEPS):
+                    progress, _ = advance(job, progress, wish)
+                if job.planned:
+                    job.planned.close()
+
+        peak = torch.tensor(float(peak_bytes(two_steps)))
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        peaks[f"{data} {model} {name}"] = peak.item()
+        gc.collect()
+    return peaks
+
+
+def keep_rates(folder: Path, model: str, run: Path | None = None) -> None:
+    """Give a run the rates that were measured with the first data; a link has no say in them."""
+    of = config_of(folder, CASES[0][0], model, "flexible").run / "rates.json"
+    run = run or config_of(folder, "even", model, "flexible").run
+    run.mkdir(parents=True, exist_ok=True)
+    if of.is_file():
+        shutil.copy(of, run)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that torch's allocator for CPUs has handed out at once while ``work`` ran."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
+        work()
+    assert found.profiler and found.profiler.kineto_results
+    events = found.profiler.kineto_results.events()
+    changes = [(one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]"]
+    return max(accumulate(size for _, size in sorted(changes, key=lambda one: one[0])), default=0)
+
+
+def figures(run: Path, name: str) -> list[float]:
+    """A figure of a run's steps."""
+    from longspan.trace import curve, read_trace
+
+    return [value for _, value in curve(list(read_trace(run / "trace.jsonl")), name)]
+
+
+def planned_bytes(run: Path) -> int:
+    """The most that a run's plans foretell."""
+    from longspan.trace import Note, read_trace
+
+    notes = [row for row in read_trace(run / "trace.jsonl") if isinstance(row, Note)]
+    plans = [note.about for note in notes if note.kind == "plan"]
+    return max(
+        int(group["peak_bytes"])
+        for plan in plans
+        for micro in plan["micro_batches"]
+        for group in micro["groups"]
+    )
+
+
+def worker(folder: Path, out: Path, work: Callable[[Path], dict[str, Any]]) -> None:
+    """On every rank: do it; rank 0 writes what came of it."""
+    found = work(folder)
+    if os.environ["RANK"] == "0":
         out.write_text(json.dumps(found), encoding="utf-8")
     sys.stdout.flush()
     os._exit(0)
 
 
-def _reset_peak() -> int:
-    """Forget the most memory that this process has had; returns what it has now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
-
-
-def _peak() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-
-
 def foretold(folder: Path, run: dict[str, Any], rates: dict[str, Rates] | None) -> Any:
-    """What the planner says of a run."""
-    setup, data = SETUPS[run["setup"]], run["data"]
-    config = config_of(folder, data, run["model"], run["setup"], setup, documents_of(folder, data))
-    cluster = read_cluster(folder / "cluster.yaml")
-    question = question_of(config, cluster)
-    work = replace(question.forecaster.work, rates=rates, memory_limit=None)
-    forecaster = replace(question.forecaster, work=work)
-    told = replace(
-        setup,
-        accumulate=config.train.accumulate,
-        global_batch=config.train.global_batch,
-    )
-    return forecaster.of(told)
+    """What the planner says of a run, from all that it reads."""
+    config = config_of(folder, run["data"], run["model"], run["setup"])
+    forecaster = question_of(config, read_cluster(folder / "cluster.yaml")).forecaster
+    work = replace(forecaster.work, rates=rates, memory_limit=None)
+    setup, steps = setup_of(folder, run["data"], run["setup"]), FIRST + STEPS
+    packs = steps * setup.accumulate * 4 // (setup.sp or 4)
+    return replace(forecaster, work=work, packs=packs, batches=steps).of(setup)
+
+
+def in_lab(folder: Path, work: str, megabits: int | None) -> dict[str, Any]:
+    """Have all ranks of a lab do it: of fixed speed, unless the links have none."""
+    from longspan.lab.lab import Lab
+    from longspan.lab.spec import LabSpec
+
+    out = folder / f"{work}.json"
+    spec = LabSpec(2, 2)
+    if megabits:
+        spec = replace(spec, bandwidth=f"{megabits}mbit", device_share=0.45)
+    with Lab(spec) as lab:
+        command = [sys.executable, "-m", "benchmarks.whole_steps", work, str(folder), str(out)]
+        lab.run(command, timeout_s=500).check()
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return found
 
 
 def main() -> None:
     """Run the lab at each bandwidth and compare."""
-    from longspan.lab.lab import Lab
-    from longspan.lab.spec import LabSpec
-
     console = Console(record=True, width=120)
     table = Table("Mbit/s", "case", "setup", "measured s", "foretold s", "error", "from the probe",
-                  "peak MB", "foretold MB", box=None)  # fmt: skip
-    errors, probed, peaks = [], [], []
+                  "peak MB", "foretold MB", "error", box=None)  # fmt: skip
+    errors, probed, memory = [], [], []
     within: list[float] = []
     for megabits in BANDWIDTHS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             for data in ("uneven", "even"):
                 write_documents(folder / f"{data}.jsonl", data == "uneven")
-            out = folder / "found.json"
-            with Lab(LabSpec(2, 2, bandwidth=f"{megabits}mbit", device_share=0.45)) as lab:
-                command = [sys.executable, "-m", "benchmarks.whole_steps", str(folder), str(out)]
-                env = {"MALLOC_MMAP_THRESHOLD_": "262144"}
-                lab.run(command, env=env, timeout_s=400).check()
-            found = json.loads(out.read_text(encoding="utf-8"))
+            found = in_lab(folder, "time", megabits)
+            peaks = in_lab(folder, "memory", None)
             console.print(f"{megabits} Mbit/s: {found['fit']}")
-            for data, model in product(("uneven", "even"), MODELS):
+            for data, model in CASES:
                 runs = [r for r in found["runs"] if (r["data"], r["model"]) == (data, model)]
                 kept = next(run["rates"] for run in runs if "rates" in run)
                 rates = {kind: Rates(**values) for kind, values in kept.items()}
                 told = {run["setup"]: foretold(folder, run, rates) for run in runs}
+                speeds = {}
                 for run in runs:
-                    one, plain = told[run["setup"]], foretold(folder, run, None)
-                    error, alone = (x.step_s / run["step_s"] - 1 for x in (one, plain))
+                    setup, step_s = run["setup"], median(run["step_s"])
+                    speeds[setup] = mean(run["tokens"]) / step_s
+                    one, plain = told[setup], foretold(folder, run, None)
+                    error, alone = (x.step_s / step_s - 1 for x in (one, plain))
                     errors.append(abs(error))
                     probed.append(abs(alone))
-                    peaks.append(one.memory_bytes / run["peak"] - 1)
+                    peak, held = peaks[f"{data} {model} {setup}"], one.memory_bytes
+                    if SETUPS[setup].mode != "fixed":
+                        held = planned_bytes(config_of(folder, data, model, setup, "memory").run)
+                    memory.append(held / peak - 1)
                     table.add_row(
-                        *(str(megabits), f"{data}, {model}", run["setup"]),
-                        *(f"{run['step_s']:.3f}", f"{one.step_s:.3f}", f"{error:+.0%}"),
-                        *(f"{alone:+.0%}", f"{run['peak'] / 1e6:.0f}"),
-                        f"{one.memory_bytes / 1e6:.0f}",
+                        *(str(megabits), f"{data}, {model}", setup),
+                        *(f"{step_s:.3f}", f"{one.step_s:.3f}", f"{error:+.0%}", f"{alone:+.0%}"),
+                        *(f"{peak / 1e6:.1f}", f"{held / 1e6:.1f}", f"{memory[-1]:+.0%}"),
                     )
                 best = max(told, key=lambda setup: told[setup].tokens_per_s)
-                speeds = {run["setup"]: run["tokens_per_s"] for run in runs}
                 within.append(max(speeds.values()) / speeds[best] - 1)
+                console.print(
+                    f"{megabits} Mbit/s, {data}, {model}: {best} is recommended, the fastest is "
+                    f"{max(speeds, key=lambda setup: speeds[setup])}; {within[-1]:.1%} apart"
+                )
     console.print(table)
     figures = {
         "cases": len(within),
@@ -220,8 +317,8 @@ def main() -> None:
         "probe_only_median_error": round(median(probed), 4),
         "recommended_is_fastest": sum(gap <= 0.001 for gap in within),
         "recommended_worst_gap": round(max(within), 4),
-        "memory_least": round(min(peaks), 4),
-        "memory_most": round(max(peaks), 4),
+        "memory_least": round(min(memory), 4),
+        "memory_most": round(max(memory), 4),
     }
     targets = {"median_error": 0.10, "p90_error": 0.20, "recommended_is_fastest": 10}
     targets |= {"recommended_worst_gap": 0.05, "memory_least": 0.0, "memory_most": 0.10}
@@ -234,7 +331,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        worker(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) == 4:
+        works = {"time": time_steps, "memory": count_memory}
+        worker(Path(sys.argv[2]), Path(sys.argv[3]), works[sys.argv[1]])
     else:
         main()

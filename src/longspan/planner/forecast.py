@@ -25,7 +25,7 @@ from longspan.schedule.ring_tasks import AttentionKernels
 
 __all__ = ["Forecast", "Forecaster"]
 
-_BATCHES, _MANY = 2, 1024  # batches to plan; one of so many documents tells enough
+_MANY = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,14 @@ class Forecast:
 class Forecaster:
     """A model's training on a cluster, fed by ``packer``; ``work`` says which and where.
 
-    The ``checkpointing`` of ``work`` gives way to that of a setup. ``packs``: how many are priced.
+    The ``checkpointing`` of ``work`` gives way to that of a setup. ``packs`` and ``batches``: how
+    many are priced; one of the latter where it has so many documents that it tells enough.
     """
 
     work: Workload
     packer: Packer
     packs: int = 8
+    batches: int = 2
 
     def of(self, setup: Setup) -> Forecast:
         """What a setup takes; raises MemoryLimitError if it doesn't fit."""
@@ -61,7 +63,7 @@ class Forecaster:
         if setup.mode == "fixed":
             return self._fixed(work, setup)
         assert setup.global_batch, "a planned step has its documents counted"
-        batches = 1 if setup.global_batch > _MANY else _BATCHES
+        batches = 1 if setup.global_batch > _MANY else self.batches
         plans = [self._planned(work, setup, batch) for batch in range(batches)]
         groups = [group for plan in plans for micro in plan.micro_batches for group in micro.groups]
         return Forecast(

@@ -18,7 +18,7 @@ from longspan.train.step import StepRunner, summed
 from longspan.train.stop import StopWish
 from longspan.train.strategy import RowRunner
 
-__all__ = ["train"]
+__all__ = ["advance", "train"]
 
 
 def train(job: Job, wish: StopWish) -> None:
@@ -30,7 +30,7 @@ def train(job: Job, wish: StopWish) -> None:
     progress = _resume(job)
     stopped = False
     while progress.step < steps and not stopped:
-        progress, stopped = _step(job, progress, wish)
+        progress, stopped = advance(job, progress, wish)
         if _due(progress.step, job.config.train.validate_every, steps):
             _validate(job, progress.step)
         if stopped or _due(progress.step, job.config.checkpoint.every, steps):
@@ -58,7 +58,7 @@ def _resume(job: Job) -> Progress:
     return progress
 
 
-def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]:
+def advance(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]:
     """One optimizer step; also whether to stop: a rank was told to, and all sites know it."""
     config, recorder, runner = job.config, job.recorder, job.runner
     start = time.perf_counter()
