@@ -4,7 +4,8 @@ A link's latency is the quickest ping's; all else is a median of repeats. Betwee
 rate is that of its largest message once the latency is taken off. A node's rate out is the best
 it reached towards any other node, and likewise in: what is less than that was the other end's.
 Inside a node, where copies and sums count too, it is the median rate of all its sends and
-collectives.
+collectives. What messages take from a device's computing is what the same work takes longer beside
+them: of small ones for each message, of large ones for each byte.
 """
 
 from collections import defaultdict
@@ -66,7 +67,7 @@ def calibrate(rows: Sequence[Row], name: str = "probed") -> tuple[Cluster, Fit]:
     if place is None:
         raise DataError("this trace is not a probe's: it doesn't say where the ranks are")
     links = _Links(place, notes)
-    devices, kind_of = _devices(place, notes)
+    devices, kind_of = _devices(place, notes, links.quickest)
     values = {"name": name, "devices": devices, "sites": links.sites(kind_of)}
     cluster = cluster_from(values, "the probe's measurements")
     return cluster, _fit(cluster, notes, (*links.remarks(), *_slow_devices(place, notes)))
@@ -105,6 +106,12 @@ class _Links:
             self.rate[a, b] = ops[0].sizes[0] / net
         else:
             self.total[self.node[a], self.node[b]] = sum(op.sizes[0] for op in ops) / net
+
+    @property
+    def quickest(self) -> float:
+        """The best rate that any rank has sent at, in bytes a second."""
+        return max((*self.rate.values(), *(r for rates in self.inside.values() for r in rates)),
+                   default=1.0)  # fmt: skip
 
     def _latency_of(self, a: int, b: int) -> float:
         return self.latency.get(frozenset((a, b)), 0.0)
@@ -194,7 +201,7 @@ def _rates(notes: Sequence[Note]) -> dict[int, dict[str, tuple[Compute, float]]]
 
 
 def _devices(
-    place: dict[str, Any], notes: Sequence[Note]
+    place: dict[str, Any], notes: Sequence[Note], quickest: float
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Kinds of device, and which of them each rank is: like ones within 15 % are one kind."""
     kinds: dict[str, list[int]] = {}
@@ -213,7 +220,13 @@ def _devices(
             kinds[kind] = []
         kinds[kind].append(rank)
         kind_of.append(kind)
-    return {kind: _device(ranks, place, rates) for kind, ranks in kinds.items()}, kind_of
+    beside = [note.about for note in notes if note.kind == "beside"]
+    devices = {
+        kind: _device(ranks, place, rates)
+        | _taken([one for one in beside if one["rank"] in ranks], quickest)
+        for kind, ranks in kinds.items()
+    }
+    return devices, kind_of
 
 
 def _speed(ops: dict[str, tuple[Compute, float]]) -> float:
@@ -242,6 +255,29 @@ def _device(
         "measured": dict(measured),
         "overhead_s": median(durations["nothing float32"]),
     }
+
+
+def _taken(beside: Sequence[dict[str, Any]], quickest: float) -> dict[str, float]:
+    """What messages take from computing: the line through small ones and large ones.
+
+    A byte takes no longer than it did where all went into sending.
+    """
+    if not beside:
+        return {}
+    points = {
+        (one["messages"], one["bytes"]): [
+            median(other["seconds"]) - median(other["alone"])
+            for other in beside
+            if other["bytes"] == one["bytes"]
+        ]
+        for one in beside
+    }
+    (few_bytes, small), (many_bytes, large) = sorted(
+        (size / messages, median(taken) / messages) for (messages, size), taken in points.items()
+    )
+    byte_s = (large - small) / (many_bytes - few_bytes)
+    byte_s = min(max(0.0, byte_s), 1 / quickest)
+    return {"message_s": max(0.0, small - byte_s * few_bytes), "byte_s": byte_s}
 
 
 def _slow_devices(place: dict[str, Any], notes: Sequence[Note]) -> Iterable[str]:

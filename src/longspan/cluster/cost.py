@@ -7,7 +7,8 @@ all_gather      ring: each hop carries all but one contribution     n−1 hops o
 reduce_scatter  ring: each hop carries all but one share            n−1 hops
 all_reduce      ring: a reduce-scatter and an all-gather            2(n−1) hops
 broadcast       chain in the order of the ranks, in pieces          n−1 hops
-all_to_all      each pair directly, all at once                     the slowest pair's latency
+all_to_all      each pair directly, all at once                     the slowest pair's latency,
+                                                                    and a rank's other messages
 send            one message                                         its latency
 ==============  ==================================================  ==========================
 
@@ -28,15 +29,17 @@ from longspan.cluster.spec import Cluster, Device
 from longspan.errors import ClusterError
 from longspan.schedule.ops import Comm, Compute, Op
 
-__all__ = ["Demand", "demand", "seconds", "traffic"]
+__all__ = ["Demand", "computing", "demand", "seconds", "traffic"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Demand:
     """What a communication asks of the wires.
 
-    ``bytes`` pass each of ``pipes`` after ``latency_s``; alone that takes ``transfer_s``.
-    ``message_bytes`` is its largest message: where ops share a pipe, messages get equal shares.
+    ``bytes`` pass each of ``pipes`` after ``latency_s``; alone that takes ``transfer_s``. Pipes are
+    numbered as in ``Cluster.capacity``: past the fabric's come the ranks' computing, whose load is
+    in seconds. ``message_bytes`` is its largest message: where ops share a pipe, messages get equal
+    shares.
     """
 
     latency_s: float
@@ -74,8 +77,20 @@ def traffic(ops: Iterable[Comm], cluster: Cluster) -> dict[str, float]:
     total = np.zeros(len(cluster.fabric.names))
     for op in ops:
         asked = demand(op, cluster)
-        total[asked.pipes] += asked.bytes
+        wires = asked.pipes < len(total)
+        total[asked.pipes[wires]] += asked.bytes[wires]
     return {cluster.fabric.names[pipe]: float(total[pipe]) for pipe in np.flatnonzero(total)}
+
+
+def computing(op: Compute, cluster: Cluster, rank: int) -> Demand:
+    """What ``op`` asks of a rank whose sends take from its computing.
+
+    It gets as much of it as a transfer does, and all that transfers leave.
+    """
+    took = seconds(op, cluster, (rank,))
+    pipe = len(cluster.fabric.capacity) + rank
+    as_bytes = took / float(cluster.byte_s[rank])
+    return Demand(0.0, np.array([pipe]), np.array([took]), took, as_bytes)
 
 
 def demand(op: Comm, cluster: Cluster) -> Demand:
@@ -111,10 +126,26 @@ def demand(op: Comm, cluster: Cluster) -> Demand:
             row, column = np.nonzero(table)
             source, target, amount = ranks[row], ranks[column], table[row, column]
             latency = float(fabric.latency(source, target).max(initial=0))
+            latency += max(cluster.device(rank).message_s for rank in op.ranks) * (2 * n - 4)
     spread = op.kind not in ("send", "all_to_all")
     pipes, load = fabric.load(source, target, amount, spread=spread)
-    transfer = float((load / fabric.capacity[pipes]).max(initial=0))
+    if cluster.byte_s.any():
+        pipes, load = _with_computing(cluster, source, target, amount, pipes, load)
+    transfer = float((load / cluster.capacity[pipes]).max(initial=0))
     return Demand(latency, pipes, load, transfer, float(amount.max(initial=0)))
+
+
+def _with_computing(
+    cluster: Cluster, source: Ints, target: Ints, amount: Floats, pipes: Ints, load: Floats
+) -> tuple[Ints, Floats]:
+    """With what ranks compute for the bytes that they send and receive."""
+    handled = np.zeros(cluster.ranks)
+    np.add.at(handled, source, amount)
+    np.add.at(handled, target, amount)
+    busy = handled * cluster.byte_s
+    ranks = np.flatnonzero(busy)
+    first = len(cluster.fabric.capacity)
+    return np.concatenate([pipes, first + ranks]), np.concatenate([load, busy[ranks]])
 
 
 def _ring_latency(fabric: Fabric, source: Ints, target: Ints, skipped: int) -> float:
@@ -126,6 +157,8 @@ def _ring_latency(fabric: Fabric, source: Ints, target: Ints, skipped: int) -> f
 
 
 def _compute_seconds(op: Compute, kind: str, device: Device) -> float:
+    if op.kind == "messages":
+        return op.kernels * device.message_s
     rate = device.rate(op.kind, op.dtype)
     if op.flops and rate is None:
         raise ClusterError(
@@ -133,7 +166,7 @@ def _compute_seconds(op: Compute, kind: str, device: Device) -> float:
             "add one to its peak or measured rates"
         )
     busy = op.flops / rate if rate else 0.0
-    return device.overhead_s + max(busy, op.bytes / device.bytes_per_s)
+    return op.kernels * device.overhead_s + max(busy, op.bytes / device.bytes_per_s)
 
 
 def _check(op: Comm, cluster: Cluster) -> None:

@@ -7,6 +7,7 @@ barrier; ops that are timed together run at the same time.
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -72,6 +73,39 @@ class Stopwatch:
         dist.barrier()
         inner = max(1, math.ceil(least_s / self._seconds(work, 1)))
         return [self._seconds(work, inner) for _ in range(repeats)]
+
+    def beside(
+        self, work: Callable[[], object], size: int, messages: int, repeats: int = 5
+    ) -> tuple[list[float], list[float]]:
+        """Seconds of ``work`` done over and over, alone and beside messages; one a repeat.
+
+        Each rank sends ``messages`` of ``size`` bytes to the next and receives as many, and works
+        for longer than they take: what it then takes more than alone, the messages have taken.
+        """
+        target, source = (self.rank + 1) % self.world, (self.rank - 1) % self.world
+        sent, received = self._empty(size), self._empty(size)
+
+        def worked(turns: int, messages: int) -> None:
+            under_way: list[dist.Work | None] = []
+            for turn in range(max(turns, messages)):
+                if turn < messages:
+                    under_way += [dist.irecv(received, source), dist.isend(sent, target)]
+                if turn < turns:
+                    work()
+            for one in under_way:
+                if one:
+                    one.wait()
+
+        def seconds(turns: int, messages: int) -> float:
+            dist.barrier()
+            return self._seconds(partial(worked, turns, messages), 1)
+
+        worked(1, messages)
+        by_itself = max(row[0] for row in self.everyone(seconds(0, messages)))
+        a_turn = min(row[0] for row in self.everyone(self._seconds(work, 20)))
+        turns = max(2 * messages, math.ceil(2 * by_itself / a_turn))
+        both = [(seconds(turns, 0), seconds(turns, messages)) for _ in range(repeats)]
+        return [alone for alone, _ in both], [beside for _, beside in both]
 
     def _seconds(self, work: Callable[[], object], inner: int) -> float:
         self._finish()

@@ -2,8 +2,9 @@
 
 A ring's rounds are played: what is sent sets off when its round begins, or if it is a gradient when
 it ends, and waits for what was sent before it; a round waits for what it needs. What a double ring
-sends inside nodes and between them doesn't wait for each other. A head exchange and its computation
-come one after the other.
+sends inside nodes and between them doesn't wait for each other. What a rank sends and receives in a
+round takes from its computing, where the device does both. A head exchange and its computation come
+one after the other.
 """
 
 from collections.abc import Hashable, Sequence
@@ -177,7 +178,11 @@ class Pricer:
             brought: dict[tuple[int, int, bool], set[Came]] = {}
             for number, turn in enumerate(rounds(ring, place, backward, travels)):
                 step, blocks = steps[number], (turn.blocks, ring.parts)
-                took = max(self._compute(kernels, *blocks, backward, rank) for rank in own)
+                hops = [hop.bytes for hop in (*turn.payload, *turn.grads)]
+                took = max(
+                    self._compute(kernels, *blocks, backward, rank) + self._handle(hops, rank)
+                    for rank in own
+                )
                 step.computed = max(step.computed, took)
                 for is_grad, sent in ((False, turn.payload), (True, turn.grads)):
                     if turn.source != place:
@@ -237,6 +242,10 @@ class Pricer:
             if backward and outer > 1:
                 last_before = (number[outer - 1, part] + 1) * inner - 1
                 steps[(turn + 1) * inner - 1].needs.add(Came(last_before, True, True))
+        kinds = {self.cluster.kinds[rank]: rank for rank in self.ranks}
+        for step in steps:
+            handled = 2 * [sends[0].bytes for sends in step.sends.values() if sends]
+            step.computed += max(self._handle(handled, rank) for rank in kinds.values())
         return steps
 
     def _columns(self, rows: int, places: int) -> int:
@@ -269,6 +278,14 @@ class Pricer:
                 )
             total += self._computed[key]
         return total
+
+    def _handle(self, sizes: Sequence[int], rank: int) -> float:
+        """Seconds that messages of so many bytes, sent or received, take from computing."""
+        if not sizes:
+            return 0.0
+        handled = Compute("messages", 0, kernels=len(sizes))
+        byte_s = float(self.cluster.byte_s[rank])
+        return seconds(handled, self.cluster, (rank,)) + sum(sizes) * byte_s
 
     def _wire(self, sends: Sequence[Send]) -> tuple[float, float]:
         """Seconds of latency and of transfer of messages that set off together."""

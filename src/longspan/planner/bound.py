@@ -69,7 +69,8 @@ def _ways(batch: Batch, pool: Pool) -> Iterator[tuple[Floats, Floats]]:
     ends = np.where(fits, c.fixed_s + c.heads_fixed_s + heads, np.inf)
     yield ends[which], np.where(fits, heads * ranks, np.inf)[which]
     if np.isfinite(c.ring_fixed_s).any():
-        alone = np.maximum(c.ring_pair_s * pairs, c.ring_token_s * tokens)
+        busy = c.ring_pair_s * pairs + c.ring_busy_s * tokens
+        alone = np.maximum(busy, c.ring_token_s * tokens)
         ends = np.where(fits, c.fixed_s + c.ring_fixed_s + c.token_s * tokens + alone, np.inf)
-        ring = np.where(np.isfinite(ends), c.token_s * tokens + c.ring_pair_s * pairs, np.inf)
+        ring = np.where(np.isfinite(ends), c.token_s * tokens + busy, np.inf)
         yield ends[which], (ring * ranks)[which]

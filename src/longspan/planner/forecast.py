@@ -20,7 +20,6 @@ from longspan.layout import Order
 from longspan.plan import BatchPlan, Setup
 from longspan.planner.attention import price_attention
 from longspan.planner.batches import plan_batch
-from longspan.planner.state import State
 from longspan.planner.workload import Rates, Workload
 from longspan.schedule.ring_tasks import AttentionKernels
 
@@ -111,10 +110,7 @@ class Forecaster:
     def _fixed(self, work: Workload, setup: Setup) -> Forecast:
         world, sp = work.cluster.ranks, setup.sp or work.cluster.ranks
         dp = world // sp
-        state = State(
-            *(work.cluster, work.model, setup.sharding, setup.accumulate > 1, work.memory_limit),
-            *(work.checkpointing, work.attention_kept),
-        )
+        state = work.state(setup.sharding, reduce_once=setup.accumulate > 1)
         held = min(self.packer.max_length, self.packer.tokens)
         if held > (most := self.most_tokens(setup)):
             raise MemoryLimitError(
@@ -182,10 +178,10 @@ class Forecaster:
 
     def most_tokens(self, setup: Setup) -> int:
         """The most tokens of a sequence that a setup's ranks hold together; 0: not even one."""
-        state = State(
-            *(self.work.cluster, self.work.model, setup.sharding, setup.accumulate > 1),
-            *(self.work.memory_limit, setup.checkpointing, setup.attention_kept),
+        work = replace(
+            self.work, checkpointing=setup.checkpointing, attention_kept=setup.attention_kept
         )
+        state = work.state(setup.sharding, reduce_once=setup.accumulate > 1)
         sp = setup.sp or self.work.cluster.ranks
         try:
             return sp * min(state.most_tokens(kind) for kind in set(self.work.cluster.kinds))

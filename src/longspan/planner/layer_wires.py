@@ -81,7 +81,7 @@ class ClusterWires:
         ops = step.comms(groups[0], 1)  # the others do the same
         asked = [[demand(replace(op, ranks=ranks), self.cluster) for op in ops] for ranks in groups]
         latency, slope = 0.0, 0.0
-        capacity = self.cluster.fabric.capacity
+        capacity = self.cluster.capacity
         for together in zip(*asked, strict=True):
             load = np.zeros(len(capacity))
             for one in together:

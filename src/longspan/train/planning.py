@@ -95,15 +95,17 @@ class Planning:
 
     def _measured(self, runner: StepRunner, groups: Groups, sharding: Sharding) -> dict[str, Rates]:
         training = self._batches.training
-        prices = Workload(**self._work).prices(sharding, reduce_once=False)
+        work = Workload(**self._work)
+        prices = work.prices(sharding, reduce_once=False)
         most = min(pool.prices[0].most_tokens for pool in prices.pools if pool.prices[0].ranks == 1)
         # Gradients are whole while it's measured, so not all of the memory is used.
         tokens = min(most * 3 // 4, 2 * self._config.data.max_length)
         alone = Place(groups.alone, "ring")
         usual = training.tokens // training.pieces
         rates = measure_rates(runner, alone, self._cluster, tokens, usual)
-        # What was measured has gathered parameters, too, which has a price of its own.
-        gather_s = 0.0 if prices.overlap else prices.gather_s
+        # What was measured has gathered parameters, too, which has a price of its own; gradients
+        # weren't reduced.
+        gather_s = 0.0 if prices.overlap else work.state(sharding, reduce_once=True).gather_s()
         return {
             kind: replace(rate, micro_batch_s=max(0.0, rate.micro_batch_s - gather_s))
             for kind, rate in rates.items()

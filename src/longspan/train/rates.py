@@ -1,7 +1,9 @@
 """How fast the model itself is on these devices: a probe knows matrix products, not the model.
 
 Three forward and backward passes tell apart what a micro-batch costs, what a token adds and what a
-query-key pair adds: some documents of usual length, twice as many, and one document as long.
+query-key pair adds: a single token, some documents of usual length, and one document as long. A
+micro-batch's cost is timed by itself, not told from a difference of long times: it is what small
+micro-batches are mostly made of, and kernels and messages have it whatever their size.
 """
 
 import time
@@ -19,7 +21,7 @@ from longspan.train.step import StepRunner
 
 __all__ = ["measure_rates"]
 
-_REPEATS = 3
+_REPEATS = 5
 
 
 def measure_rates(
@@ -33,19 +35,18 @@ def measure_rates(
     """
     usual = max(1, min(usual, tokens // 4))
     count = max(2, tokens // usual // 2 * 2)
-    shapes = [[usual] * (count // 2), [usual] * count, [usual * count]]
-    half, many, one = (_seconds(runner, place, shape) for shape in shapes)
+    shapes = [[1], [usual] * count, [usual * count]]
+    least, many, one = (_seconds(runner, place, shape) for shape in shapes)
     # FSDP2 has added the gradients up out of reach; to be forgotten they must be reduced first.
     runner.reduce_gradients(True)
     _pass(runner, place, [1])
     runner.model.zero_grad()
-    held = [sum(shape) for shape in shapes]
+    tokens = usual * count
     pairs = [sum(n * (n + 1) / 2 for n in shape) for shape in shapes]
     pair_s = max(0.0, (one - many) / (pairs[2] - pairs[1]))
-    token_s = (many - half - pair_s * (pairs[1] - pairs[0])) / (held[1] - held[0])
     # Noise must not make tokens free.
-    token_s = max(token_s, 0.1 * many / held[1])
-    micro_batch_s = max(0.0, many - token_s * held[1] - pair_s * pairs[1])
+    token_s = max(many - least - pair_s * pairs[1], 0.1 * many) / tokens
+    micro_batch_s = max(0.0, least - token_s - pair_s)
     own = torch.tensor([micro_batch_s, token_s, pair_s], dtype=torch.float64, device=runner.device)
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own)
