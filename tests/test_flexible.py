@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from longspan.comm.groups import Groups
 from longspan.comm.mesh import make_mesh
 from longspan.errors import ConfigError, LayoutError
 from longspan.plan import BatchPlan, Group, MicroBatch
+from longspan.planner.workload import Rates
 from longspan.trace import Note, curve, read_trace
 from longspan.train.batches import Batches
 from longspan.train.config import Config, load_config
@@ -30,6 +32,7 @@ from longspan.train.exactness import Exactness, exactness
 from longspan.train.grouped import group_sequences, grouped
 from longspan.train.inspect import inspect
 from longspan.train.parallelize import build_model, parallelize
+from longspan.train.rates import told_apart
 from longspan.train.step import StepRunner
 
 STEPS = 16
@@ -235,6 +238,8 @@ def test_a_flexible_run_and_what_it_goes_on_with(documents: Path, tmp_path: Path
     assert [plan["step"] for plan in plans] == list(range(1, STEPS + 1))
     sizes = {len(g["ranks"]) for p in plans for m in p["micro_batches"] for g in m["groups"]}
     assert sizes <= {1, 2}
+    rates = json.loads((tmp_path / "run" / "rates.json").read_text())["rates"]
+    assert all(kind["micro_batch_s"] > 0 and kind["token_s"] > 0 for kind in rates.values())
     assert [step for step, _ in curve(before, "validation_loss")] == [10, STEPS]
     losses = curve(before, "loss")
     assert losses[-1][1] < losses[0][1]
@@ -247,3 +252,14 @@ def test_a_flexible_run_and_what_it_goes_on_with(documents: Path, tmp_path: Path
     after = list(read_trace(trace))[len(before) :]
     assert curve(after, "loss") == losses[10:]
     assert curve(after, "planner_restarts")[-1][1] == 1
+
+
+def test_three_times_tell_the_rates_apart() -> None:
+    rates = Rates(0.12, 3e-4, 5e-7)
+
+    def takes(lengths: list[int]) -> float:
+        pairs = sum(n * (n + 1) / 2 for n in lengths)
+        return rates.micro_batch_s + rates.token_s * sum(lengths) + rates.pair_s * pairs
+
+    found = told_apart(100, 8, takes([1]), takes([100] * 8), takes([800]))
+    assert astuple(found) == pytest.approx(astuple(rates))

@@ -7,6 +7,7 @@ micro-batches are mostly made of, and kernels and messages have it whatever thei
 """
 
 import time
+from dataclasses import astuple
 from statistics import median
 
 import numpy as np
@@ -19,7 +20,7 @@ from longspan.planner.workload import Rates
 from longspan.train.batches import Place
 from longspan.train.step import StepRunner
 
-__all__ = ["measure_rates"]
+__all__ = ["measure_rates", "told_apart"]
 
 _REPEATS = 5
 
@@ -41,13 +42,8 @@ def measure_rates(
     runner.reduce_gradients(True)
     _pass(runner, place, [1])
     runner.model.zero_grad()
-    tokens = usual * count
-    pairs = [sum(n * (n + 1) / 2 for n in shape) for shape in shapes]
-    pair_s = max(0.0, (one - many) / (pairs[2] - pairs[1]))
-    # Noise must not make tokens free.
-    token_s = max(many - least - pair_s * pairs[1], 0.1 * many) / tokens
-    micro_batch_s = max(0.0, least - token_s - pair_s)
-    own = torch.tensor([micro_batch_s, token_s, pair_s], dtype=torch.float64, device=runner.device)
+    found_here = told_apart(usual, count, least, many, one)
+    own = torch.tensor(astuple(found_here), dtype=torch.float64, device=runner.device)
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own)
     found: dict[str, Rates] = {}
@@ -56,6 +52,16 @@ def measure_rates(
         if alike:
             found[kind] = Rates(*(median(column) for column in zip(*alike, strict=True)))
     return found
+
+
+def told_apart(usual: int, count: int, least_s: float, many_s: float, one_s: float) -> Rates:
+    """The rates by which one token, ``count`` documents of ``usual`` and one as long take so."""
+    tokens = usual * count
+    pairs, all_pairs = count * usual * (usual + 1) / 2, tokens * (tokens + 1) / 2
+    pair_s = max(0.0, (one_s - many_s) / (all_pairs - pairs))
+    # Noise must not make tokens free.
+    token_s = max(many_s - least_s - pair_s * (pairs - 1), 0.1 * many_s) / (tokens - 1)
+    return Rates(max(0.0, least_s - token_s - pair_s), token_s, pair_s)
 
 
 def _seconds(runner: StepRunner, place: Place, lengths: list[int]) -> float:
