@@ -299,12 +299,15 @@ def test_the_command_line_runs_and_tells() -> None:
     assert f"{lab.name}: 2 nodes of 1 ranks, 1 sites, 20mbit, process {os.getpid()}" in listed
 
 
-# A lab with limited devices, and a process that leaves its group, session and parent.
+# A lab with limited devices, and a process that leaves its group, session and parent. What a shell
+# starts in the background ignores SIGINT, so it is taken up again.
 OWNER = """
+import signal
 import sys
 from longspan.lab.lab import Lab
 from longspan.lab.spec import LabSpec
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 spec = LabSpec(nodes=2, sites=2, bandwidth="1gbit", device_share=0.1, device_memory="1GiB")
 spec = LabSpec(nodes=2, sites=2, bandwidth="1gbit") if sys.argv[2] == "plain" else spec
 with Lab(spec, name=sys.argv[1]) as lab:
