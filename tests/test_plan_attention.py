@@ -141,9 +141,8 @@ def test_hidden_sends_are_not_free() -> None:
     # 3 hops of 2 parts: keys and values both ways, then queries and gradients, in and out.
     assert by_message.seconds - free.seconds == pytest.approx(3 * 2 * 6e-3, rel=0.1)
     assert by_byte.seconds - free.seconds == pytest.approx(2e-9 * free.sent_bytes, rel=0.2)
-    # An exchange's latency has one message in it; of a hybrid's only two ranks exchange.
     heads = [one["heads"].seconds for one in choices]
-    assert heads[1] - heads[0] == pytest.approx(4 * 4e-3)
+    assert heads[1] - heads[0] == pytest.approx(4 * 6e-3, rel=0.01)
 
 
 def test_a_window_goes_with_contiguous_order() -> None:

@@ -59,19 +59,19 @@ def ops(draw: st.DrawFn, ranks: int = 10) -> Op:
     return Comm(kind, tuple(group), tuple(sizes))
 
 
-def busied(cluster: Cluster, byte_s: float) -> Cluster:
+def busied(cluster: Cluster, byte_s: float, message_s: float = 0) -> Cluster:
     """Devices that compute for what they send."""
     kinds = {
-        name: one.model_copy(update={"byte_s": byte_s, "message_s": 1e-3})
+        name: one.model_copy(update={"byte_s": byte_s, "message_s": message_s})
         for name, one in cluster.devices.items()
     }
     return Cluster(devices=kinds, sites=cluster.sites)
 
 
 @settings(max_examples=150, deadline=None)
-@given(ops(), st.sampled_from([0.0, 1e-10, 1e-7]))
-def test_one_op_alone_takes_exactly_what_cost_says(op: Op, byte_s: float) -> None:
-    cluster = busied(uneven(), byte_s)
+@given(ops(), st.sampled_from([0.0, 1e-10, 1e-7]), st.sampled_from([0.0, 1e-3]))
+def test_one_op_alone_takes_exactly_what_cost_says(op: Op, byte_s: float, message_s: float) -> None:
+    cluster = busied(uneven(), byte_s, message_s)
     where = None if isinstance(op, Comm) else (0,)
     assert concurrent_seconds([op], cluster) == [seconds(op, cluster, where)]
 
@@ -114,7 +114,10 @@ def test_what_is_sent_takes_from_computing() -> None:
     slow = busied(FLAT, 0.02)
     assert concurrent_seconds([send], slow) == pytest.approx([2])
     assert concurrent_seconds([send, work], slow) == pytest.approx([4, 4])
-    assert seconds(Compute("messages", 0, kernels=5), slow) == pytest.approx(5e-3)
+    # Of many messages, each has its price as well; so has each hop of a ring.
+    often = busied(FLAT, 0, message_s=0.5)
+    assert concurrent_seconds([send, work], often) == pytest.approx([1, 2.5])
+    assert seconds(Comm("all_gather", (0, 1, 2, 3), (1,) * 4), often) == pytest.approx(6 * 0.5)
     wires = traffic([send], slow)
     assert wires == traffic([send], FLAT) and set(wires) == {"node 0 out", "node 1 in"}
 

@@ -264,16 +264,12 @@ def _taken(beside: Sequence[dict[str, Any]], quickest: float) -> dict[str, float
     """
     if not beside:
         return {}
-    points = {
-        (one["messages"], one["bytes"]): [
-            median(other["seconds"]) - median(other["alone"])
-            for other in beside
-            if other["bytes"] == one["bytes"]
-        ]
-        for one in beside
-    }
+    by_size: dict[float, list[float]] = defaultdict(list)
+    for one in beside:
+        longer = median(one["seconds"]) - median(one["alone"])
+        by_size[one["bytes"] / one["messages"]].append(longer / one["messages"])
     (few_bytes, small), (many_bytes, large) = sorted(
-        (size / messages, median(taken) / messages) for (messages, size), taken in points.items()
+        (size, median(taken)) for size, taken in by_size.items()
     )
     byte_s = (large - small) / (many_bytes - few_bytes)
     byte_s = min(max(0.0, byte_s), 1 / quickest)

@@ -7,8 +7,7 @@ all_gather      ring: each hop carries all but one contribution     n−1 hops o
 reduce_scatter  ring: each hop carries all but one share            n−1 hops
 all_reduce      ring: a reduce-scatter and an all-gather            2(n−1) hops
 broadcast       chain in the order of the ranks, in pieces          n−1 hops
-all_to_all      each pair directly, all at once                     the slowest pair's latency,
-                                                                    and a rank's other messages
+all_to_all      each pair directly, all at once                     the slowest pair's latency
 send            one message                                         its latency
 ==============  ==================================================  ==========================
 
@@ -30,6 +29,9 @@ from longspan.errors import ClusterError
 from longspan.schedule.ops import Comm, Compute, Op
 
 __all__ = ["Demand", "computing", "demand", "seconds", "traffic"]
+
+_LEAST_BYTE_S = 1e-12  # where messages take from computing, but not their bytes
+_Load = tuple[Ints, Floats]  # pipes, and what passes each
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +91,7 @@ def computing(op: Compute, cluster: Cluster, rank: int) -> Demand:
     """
     took = seconds(op, cluster, (rank,))
     pipe = len(cluster.fabric.capacity) + rank
-    as_bytes = took / float(cluster.byte_s[rank])
+    as_bytes = took / max(float(cluster.byte_s[rank]), _LEAST_BYTE_S)
     return Demand(0.0, np.array([pipe]), np.array([took]), took, as_bytes)
 
 
@@ -126,24 +128,26 @@ def demand(op: Comm, cluster: Cluster) -> Demand:
             row, column = np.nonzero(table)
             source, target, amount = ranks[row], ranks[column], table[row, column]
             latency = float(fabric.latency(source, target).max(initial=0))
-            latency += max(cluster.device(rank).message_s for rank in op.ranks) * (2 * n - 4)
     spread = op.kind not in ("send", "all_to_all")
     pipes, load = fabric.load(source, target, amount, spread=spread)
-    if cluster.byte_s.any():
-        pipes, load = _with_computing(cluster, source, target, amount, pipes, load)
+    if cluster.message_s.any() or cluster.byte_s.any():
+        often = {"all_gather": n - 1, "reduce_scatter": n - 1, "all_reduce": 2 * (n - 1)}
+        times = often.get(op.kind, 1)
+        pipes, load = _with_computing(cluster, source, target, amount, times, (pipes, load))
     transfer = float((load / cluster.capacity[pipes]).max(initial=0))
     return Demand(latency, pipes, load, transfer, float(amount.max(initial=0)))
 
 
 def _with_computing(
-    cluster: Cluster, source: Ints, target: Ints, amount: Floats, pipes: Ints, load: Floats
-) -> tuple[Ints, Floats]:
-    """With what ranks compute for the bytes that they send and receive."""
-    handled = np.zeros(cluster.ranks)
-    np.add.at(handled, source, amount)
-    np.add.at(handled, target, amount)
-    busy = handled * cluster.byte_s
+    cluster: Cluster, source: Ints, target: Ints, amount: Floats, often: int, wires: _Load
+) -> _Load:
+    """With what ranks compute for what they send and receive, each amount in so many messages."""
+    busy = np.zeros(cluster.ranks)
+    for ends in (source, target):
+        took = cluster.message_s[ends] * often + cluster.byte_s[ends] * amount
+        np.add.at(busy, ends, np.where(amount > 0, took, 0.0))
     ranks = np.flatnonzero(busy)
+    pipes, load = wires
     first = len(cluster.fabric.capacity)
     return np.concatenate([pipes, first + ranks]), np.concatenate([load, busy[ranks]])
 
@@ -157,8 +161,6 @@ def _ring_latency(fabric: Fabric, source: Ints, target: Ints, skipped: int) -> f
 
 
 def _compute_seconds(op: Compute, kind: str, device: Device) -> float:
-    if op.kind == "messages":
-        return op.kernels * device.message_s
     rate = device.rate(op.kind, op.dtype)
     if op.flops and rate is None:
         raise ClusterError(

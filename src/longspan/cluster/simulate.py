@@ -3,7 +3,7 @@
 Each lane of a rank does one task after another. A computation takes what ``cost`` says. A
 communication starts when all its ranks have come to it, waits its latency, and then moves its
 bytes through pipes that it shares fairly with whatever else is under way (``share``); alone it
-takes exactly what ``cost`` says. Where a device computes for what it sends (``byte_s``), its
+takes exactly what ``cost`` says. Where a device computes for what it sends, its
 computing is such a pipe, too, and computations are slower while transfers go on.
 """
 

@@ -191,6 +191,11 @@ class Cluster(_Part):
         return Fabric.build(nodes, [site.uplink for site in self._all_sites])
 
     @cached_property
+    def message_s(self) -> Floats:
+        """Of every rank, how long it computes for a message that it sends or receives."""
+        return np.array([self.devices[kind].message_s for kind in self.kinds])
+
+    @cached_property
     def byte_s(self) -> Floats:
         """Of every rank, how long it computes for a byte that it sends or receives."""
         return np.array([self.devices[kind].byte_s for kind in self.kinds])
@@ -199,7 +204,7 @@ class Cluster(_Part):
     def capacity(self) -> Floats:
         """Of every pipe of the fabric in bytes a second; then of every rank, 1: its computing.
 
-        What loads the latter is in seconds, and nothing does where a rank's ``byte_s`` is 0.
+        What loads the latter is in seconds, and nothing does where sends take nothing from it.
         """
         return np.concatenate([self.fabric.capacity, np.ones(self.ranks)])
 

@@ -281,11 +281,8 @@ class Pricer:
 
     def _handle(self, sizes: Sequence[int], rank: int) -> float:
         """Seconds that messages of so many bytes, sent or received, take from computing."""
-        if not sizes:
-            return 0.0
-        handled = Compute("messages", 0, kernels=len(sizes))
-        byte_s = float(self.cluster.byte_s[rank])
-        return seconds(handled, self.cluster, (rank,)) + sum(sizes) * byte_s
+        message_s, byte_s = self.cluster.message_s[rank], self.cluster.byte_s[rank]
+        return float(len(sizes) * message_s + sum(sizes) * byte_s)
 
     def _wire(self, sends: Sequence[Send]) -> tuple[float, float]:
         """Seconds of latency and of transfer of messages that set off together."""

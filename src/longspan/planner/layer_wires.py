@@ -74,8 +74,8 @@ class ClusterWires:
         if kind == "reduce" and end - start > 1 and not self.flat_sums:
             return self._reduce(start, end)
         before, after = _SIDES[kind]
-        # A shape that is shared evenly, and large enough for whole bytes.
-        shape = (world * 1024, world)
+        # A shape that is shared evenly, and large enough for messages not to count.
+        shape = (world << 20, world)
         step = Step("", world, before, after, shape)
         groups = list(self._groups(start, end))
         ops = step.comms(groups[0], 1)  # the others do the same

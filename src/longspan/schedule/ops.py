@@ -20,8 +20,7 @@ class Compute:
     """Work of one rank: ``flops`` floating point operations and ``bytes`` of memory traffic.
 
     ``kind`` names the rate it runs at ("matmul", "attention", …), ``dtype`` torch's name of the
-    number format. ``kernels``: how many are launched for it. Of the kind "messages", it is so many
-    messages that are sent or received, without their bytes.
+    number format. ``kernels``: how many are launched for it.
     """
 
     kind: str

@@ -140,9 +140,6 @@ def ring_tasks(ring: Ring, rank: int, kernels: Kernels, *, backward: bool = True
         for index, turn in enumerate(rounds(ring, rank, half)):
             _, held = payload.take(turn.source, turn.part)
             received, came = grads.take(turn.source, turn.part) if turn.source != rank else ((), ())
-            count = len(turn.payload) + len(turn.grads)
-            if count:
-                score.compute([("messages", Compute("messages", 0, kernels=count))], ())
             ready = (*score.last("compute"), *held)
             for way in turn.payload:
                 out = way.sender == rank
