@@ -1,6 +1,7 @@
 """From a probe's trace to a Cluster: the simulation read backwards.
 
-A link's latency is the quickest ping's; all else is a median of repeats. Between nodes a link's
+A link's latency is the quickest ping's, less what a rank computes for a message; all else is a
+median of repeats. Between nodes a link's
 rate is that of its largest message once the latency is taken off. A node's rate out is the best
 it reached towards any other node, and likewise in: what is less than that was the other end's.
 Inside a node, where copies and sums count too, it is the median rate of all its sends and
@@ -68,6 +69,7 @@ def calibrate(rows: Sequence[Row], name: str = "probed") -> tuple[Cluster, Fit]:
         raise DataError("this trace is not a probe's: it doesn't say where the ranks are")
     links = _Links(place, notes)
     devices, kind_of = _devices(place, notes, links.quickest)
+    links.take_off(min(device.get("message_s", 0.0) for device in devices.values()))
     values = {"name": name, "devices": devices, "sites": links.sites(kind_of)}
     cluster = cluster_from(values, "the probe's measurements")
     return cluster, _fit(cluster, notes, (*links.remarks(), *_slow_devices(place, notes)))
@@ -106,6 +108,10 @@ class _Links:
             self.rate[a, b] = ops[0].sizes[0] / net
         else:
             self.total[self.node[a], self.node[b]] = sum(op.sizes[0] for op in ops) / net
+
+    def take_off(self, message_s: float) -> None:
+        """What ranks compute for a message is in the time that a ping takes, and has its price."""
+        self.latency = {ends: max(0.0, took - message_s) for ends, took in self.latency.items()}
 
     @property
     def quickest(self) -> float:
