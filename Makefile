@@ -29,10 +29,14 @@ bench: bench-peers
 	@for file in $$(grep -l '^def main' benchmarks/*.py); do \
 		echo "== $$file"; $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
-# What benchmarks compare with; --no-deps, as DeepSpeed would bring another torch.
+# What benchmarks compare with; --no-deps, as they would bring another torch.
+OTEL := api==1.39.0 sdk==1.39.0 proto==1.39.0 semantic-conventions==0.60b0
+OTEL += exporter-otlp-proto-http==1.39.0 exporter-otlp-proto-common==1.39.0
 bench-peers: $(STAMP)
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps setuptools hjson py-cpuinfo psutil msgpack einops
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps --no-build-isolation deepspeed==0.19.8
+	$(BIN)/pip install -q --no-deps torchft==0.2.0 $(addprefix opentelemetry-,$(OTEL)) \
+		protobuf==6.33.2 googleapis-common-protos==1.72.0
 
 # Debian leaves the venv module out of python3; where it is missing, root can mend it.
 $(STAMP): pyproject.toml constraints.txt

@@ -108,7 +108,7 @@ def worker(method: str, steps: int, planned: int, seed: int, folder: Path) -> No
     dist.barrier()
     rows: list[dict[str, Any]] = []
     losses: list[float] = []
-    before, began = _left(), time.perf_counter()
+    before, began = link_bytes(), time.perf_counter()
     for step in range(steps):
         start = time.perf_counter()
         batch = batches.step(cursor, dp.get_local_rank(), dp.size(), site, SITES)
@@ -131,7 +131,7 @@ def worker(method: str, steps: int, planned: int, seed: int, folder: Path) -> No
                 "cosine": figures.cosine if figures else [],
             }
         )
-    seconds, crossed = time.perf_counter() - began, _left() - before
+    seconds, crossed = time.perf_counter() - began, link_bytes() - before
     share = batches.validate(dp.get_local_rank(), dp.size())
     if outer:
         with outer.global_parameters():
@@ -166,7 +166,7 @@ def _average_gradients(model: Any, group: Any) -> None:
         grad.copy_(part.view(grad.shape))
 
 
-def _left() -> int:
+def link_bytes() -> int:
     """Bytes that have left this node by its link; 0 outside the lab."""
     counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
     return int(counter.read_text(encoding="ascii")) if counter.is_file() else 0

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from longspan.errors import ConfigError
 from longspan.outer.compress import codec
+from longspan.planner.sites import _SENT
 
 NAMES = ("fp32", "bf16", "int8", "int4", "e3m0")
 
@@ -86,6 +87,8 @@ def test_sizes() -> None:
     assert sizes["fp32"] == 1 and sizes["bf16"] == 2
     assert sizes["int4"] >= 7.5 and sizes["e3m0"] >= 7.5 and sizes["int8"] > 3.9
     assert codec("fp32").wire_bytes(10, torch.float64) == 80
+    for name, bits in _SENT.items():  # the planner's
+        assert codec(name).wire_bytes(2**20) * 8 == bits * 2**20
     with pytest.raises(ConfigError, match="unknown codec 'fp3'"):
         codec("fp3")
 

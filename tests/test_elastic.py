@@ -18,11 +18,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from longspan.elastic import reach as reaching
+from longspan.elastic.group import gloo_group
 from longspan.elastic.membership import Membership, serve_store
-from longspan.errors import ConfigError, LabError
+from longspan.elastic.reach import Reach, leaving, words_of
+from longspan.errors import ConfigError, ExchangeError, LabError, UnreachableError
 from longspan.lab.lab import Lab
 from longspan.lab.network import require_network
 from longspan.lab.spec import LabSpec
+from longspan.outer import elastic
 from longspan.outer.average import InProcess
 from longspan.outer.elastic import ElasticAverage
 from longspan.outer.fragments import split
@@ -86,6 +90,55 @@ def test_impossible_rendezvous() -> None:
     with pytest.raises(ConfigError, match="can't meet at port"):
         store = serve_store(0)
         serve_store(store.port)
+
+
+def test_who_stops_so_that_those_left_reach_each_other() -> None:
+    def stopping(*told: tuple[int, tuple[int, ...]]) -> list[int]:
+        return leaving({site: Reach(*one) for site, one in enumerate(told)})
+
+    assert stopping((0, ()), (0, ())) == []
+    assert stopping((0, (1,)), (0, (0,))) == [1]  # alike: the later number
+    assert stopping((0, (1,)), (5, (0,))) == [0]  # who has exchanged stays
+    assert stopping((5, (1, 2)), (5, (0,)), (5, (0,))) == [0]  # who misses the most goes
+    assert stopping((5, ()), (5, (3,)), (5, ()), (0, (1,))) == [3]
+    assert stopping((5, (1,)), (5, ())) == [1]  # one of them saying so is enough
+    assert leaving({0: Reach(1, (1,))}) == []  # a site that is lost is another matter
+    words = words_of({0: Reach(0, (1,)), 1: Reach(0, (0,)), 2: Reach(0, ())}, 3)
+    assert "sites 0 and 1 reach" in words and "stopping: site 1." in words
+
+
+def test_sites_that_meet_but_do_not_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Site 0 reaches both others, who don't reach each other: 2 stops, 0 and 1 go on."""
+
+    def group(address: str, name: str, place: int, count: int, timeout_s: float) -> Any:
+        if count == 3 or name.endswith("/1-2"):
+            raise RuntimeError("timed out connecting")
+        return gloo_group(address, name, place, count, timeout_s)
+
+    for module in (elastic, reaching):
+        monkeypatch.setattr(module, "gloo_group", group)
+    store = serve_store(0)
+
+    def site(number: int) -> str:
+        average = ElasticAverage(None, f"127.0.0.1:{store.port}", number, 3, 1.0)
+        lost: set[str] = set()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                if (peers := average.regrouped()) and peers.sites == 2:
+                    (here,) = (line.item() for line in peers.all_gather(torch.ones(1))[:1])
+                    average.close()
+                    return f"{here:g} {sorted(lost)[-1]}"
+            except ExchangeError as error:
+                lost.add(str(error))
+            except UnreachableError as error:
+                return str(error)
+            time.sleep(0.01)
+        return f"never: {lost}"
+
+    first, second, third = together(3, site)
+    assert third.startswith("sites 1 and 2 reach the rendezvous but not each other, in 3 attempts")
+    assert first == second and first.startswith("1 the sites didn't come together")
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

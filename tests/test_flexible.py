@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from family import descendants
 from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -207,18 +208,10 @@ def test_settings_that_do_not_go_together(
         inspect(config, 2, 2)
 
 
-def children(pid: int) -> Iterator[int]:
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            if int(status.read_text(encoding="utf-8").rpartition(")")[2].split()[1]) == pid:
-                yield int(status.parent.name)
-
-
 def kill_planner(run: subprocess.Popen[str]) -> None:
     """Kill the planner of a run as soon as there is one."""
     while run.poll() is None:
-        family = [run.pid, *children(run.pid)]
-        for pid in (grandchild for child in family for grandchild in children(child)):
+        for pid in descendants(run.pid):
             with suppress(OSError):
                 if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGKILL)

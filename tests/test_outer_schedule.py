@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from longspan.cluster.bandwidth import paper_grid, required_bits_per_s, utilisation
 from longspan.cluster.fabric import Link
-from longspan.cluster.papers import streaming_diloco
 from longspan.cluster.simulate import simulate
 from longspan.cluster.spec import Device, uniform
 from longspan.errors import ConfigError
@@ -140,9 +139,3 @@ def test_utilisation_grows_with_bandwidth_and_shrinks_with_bits() -> None:
     assert all(a > b for a, b in zip(wide, narrow, strict=True))
     assert required_bits_per_s(job, [0.5], grid=[1e14, 1e15]) == [1e14]
     assert required_bits_per_s(job, [0.5], grid=[1, 2]) == [2]
-
-
-def test_the_papers_table_holds() -> None:
-    rows = list(streaming_diloco())
-    apart = [steps for row in rows for steps in row.steps_apart]
-    assert len(apart) == 75 and all(abs(steps) <= 1 for steps in apart)

@@ -8,6 +8,7 @@ import pytest
 from longspan.cli import main
 from longspan.plan import StagePlan, read_plan
 from longspan.planner.stage_file import examples, read_stages
+from longspan.report.stages import draw_stages
 
 SHORT = """
 dims: {time: 3, space: 64, channel: 32}
@@ -48,6 +49,9 @@ def test_json_and_the_plan_that_is_kept(capsys: pytest.CaptureFixture[str], tmp_
     code, out, _ = told(capsys, "video", "--ranks", "4", "--json", "--out", str(kept))
     assert code == 0
     plan = read_plan(StagePlan, kept)
+    drawn = draw_stages(plan)
+    assert drawn.count("</rect>") == 3 * 9  # a cell for either dim and a bar, of the first stages
+    assert "the first 9 of 56 stages" in drawn and "switch time to space" in drawn
     found = json.loads(out)
     assert found["sent_bytes"] == plan.sent_bytes
     assert len(found["stages"]) == len(plan.stages) == 56

@@ -64,7 +64,8 @@ def test_what_cannot_be_planned() -> None:
 def test_the_command(tmp_path: Path) -> None:
     words = ["plan-sites", "--cluster", "sites-1gbit", "--params", "1e9", "--layers", "24"]
     words += ["--step", "0.5", "--out", str(tmp_path / "plan.json")]
-    shown = CliRunner().invoke(app, words)
+    shown = CliRunner().invoke(app, [*words, "--picture", str(tmp_path / "sites.svg")])
+    assert "fragments under way" in (tmp_path / "sites.svg").read_text()
     plan = read_plan(SitePlan, tmp_path / "plan.json")
     assert shown.exit_code == 0 and f"sync_every: {plan.sync_every}" in shown.output
     found = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)

@@ -19,6 +19,9 @@ from typer.testing import CliRunner
 from longspan.cli import app
 from longspan.commands.emit import Job, Launcher, launch_file
 from longspan.errors import CheckpointError, ConfigError
+from longspan.outer.average import InProcess
+from longspan.outer.fragments import split
+from longspan.outer.sync import OuterSync
 from longspan.train import doctor
 from longspan.train.checkpoint import Progress, save
 from longspan.train.config import Config, Data, Model, Train, save_config
@@ -49,6 +52,20 @@ def write_run(mesh: DeviceMesh, config: Config) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in whole.items()}
 
 
+def write_site(mesh: DeviceMesh, config: Config) -> dict[str, torch.Tensor]:
+    """A site's local parameters have gone on from the global ones, which are returned."""
+    model = build_model(config, 257, "cpu")
+    agreed = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    fully_shard(model, mesh=mesh)
+    outer = OuterSync(model, average=InProcess(1).site(0), fragments=split(model))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1.0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save(config.run / "checkpoints/site0", model, optimizer, Progress(1, 1), keep=2, outer=outer)
+    return agreed
+
+
 @pytest.fixture(scope="module")
 def finished(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     config = config_in(tmp_path_factory.mktemp("runs"))
@@ -73,6 +90,16 @@ def test_an_export_is_a_hugging_face_folder(finished: tuple[Path, Any], tmp_path
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
     again = cli("export", run, tmp_path / "out")
     assert isinstance(again.exception, ConfigError) and "name a new folder" in str(again.exception)
+
+
+def test_a_sites_export_is_the_global_parameters(ranks: Ranks, tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    save_config(config, config.run / "config.yaml")
+    agreed = ranks.run(write_site, config, world=4)[0]
+    assert "site0/step-00000001" in cli("verify", config.run).stdout
+    assert cli("export", config.run, tmp_path / "out").exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert all(torch.equal(agreed[name], weight) for name, weight in model.named_parameters())
 
 
 def test_a_flipped_bit_is_found_and_not_exported(

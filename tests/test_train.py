@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from family import ranks_of
 from safetensors.torch import load_file
 
 from longspan.balance import EVEN
@@ -88,18 +88,6 @@ def wait_for_step(runs: Path, step: int) -> None:
     raise AssertionError(f"step {step} was never reached")
 
 
-def workers(config: Path) -> Iterator[int]:
-    """Process ids of the ranks that train with this config."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            environment = (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if str(config).encode() in words and b"LOCAL_RANK=" in environment:
-            yield int(process.name)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("undisturbed")
@@ -162,7 +150,7 @@ def test_killed_and_damaged_it_goes_on_bit_for_bit(
     config = write(tmp_path, settings(documents, tmp_path))
     process = subprocess.Popen(command(config), stderr=subprocess.PIPE, text=True)
     wait_for_step(tmp_path, 5)
-    os.kill(max(workers(config)), signal.SIGKILL)
+    os.kill(max(ranks_of(process.pid)), signal.SIGKILL)
     _, told = process.communicate(timeout=100)
     assert process.returncode == 1
     assert (

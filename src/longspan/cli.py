@@ -116,13 +116,15 @@ def train(
     ``torchrun … -m longspan train config.yaml``.
     """
     from longspan.train.config import load_config
-    from longspan.train.worker import leave, run_worker, within_torchrun
+    from longspan.train.launch import default_nproc, launch, prepare, within_torchrun
 
     settings = load_config(config, tuple(change or ()))
     if within_torchrun():
+        from longspan.train.worker import leave, run_worker
+
         leave(run_worker(settings))
+    prepare()
     from longspan.train.inspect import inspect
-    from longspan.train.launch import default_nproc, launch
 
     processes = nproc or default_nproc()
     inspect(settings, processes, processes)
@@ -151,14 +153,14 @@ def probe(
 
     Start it by itself with --nproc, or on all machines as ``torchrun … -m longspan probe``.
     """
-    from longspan.train.probe import run_probe
-    from longspan.train.worker import leave, within_torchrun
+    from longspan.train.launch import default_nproc, launch, within_torchrun
 
     kept = trace or out.with_suffix(".jsonl")
     if within_torchrun():
-        leave(run_probe(out, kept, site))
-    from longspan.train.launch import default_nproc, launch
+        from longspan.train.probe import run_probe
+        from longspan.train.worker import leave
 
+        leave(run_probe(out, kept, site))
     arguments = ("probe", f"--out={out}", f"--trace={kept}", f"--site={site}")
     raise typer.Exit(launch(arguments, nproc or default_nproc()))
 

@@ -16,6 +16,7 @@ line and exits with code 2.
     ├── LabError          the emulated cluster can't be built, reached or run
     ├── CheckpointError   a checkpoint is missing, damaged or of another run
     ├── ExchangeError     an exchange between sites failed or took too long
+    ├── UnreachableError  sites meet, but don't reach each other
     └── DivergenceError   sites that must agree don't
 """
 
@@ -34,6 +35,7 @@ __all__ = [
     "ModelError",
     "PlanError",
     "ScheduleError",
+    "UnreachableError",
 ]
 
 
@@ -87,6 +89,10 @@ class CheckpointError(LongspanError):
 
 class ExchangeError(LongspanError):
     """An exchange between sites failed, or took too long."""
+
+
+class UnreachableError(LongspanError):
+    """Sites reach the place where they meet, but not each other."""
 
 
 class DivergenceError(LongspanError):

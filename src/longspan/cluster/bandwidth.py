@@ -1,17 +1,19 @@
 """The bandwidth that a training job over two sites needs to keep its devices at work."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from pydantic import ByteSize
 
 from longspan.cluster.fabric import Floats, Link
-from longspan.cluster.simulate import simulate
+from longspan.cluster.simulate import Timeline, simulate
 from longspan.cluster.spec import Device, uniform
 from longspan.errors import ConfigError
 from longspan.schedule.outer import OuterJob, outer_schedule
+from longspan.trace import Span
 
-__all__ = ["paper_grid", "required_bits_per_s", "utilisation"]
+__all__ = ["paper_grid", "required_bits_per_s", "settled_spans", "utilisation"]
 
 
 def paper_grid() -> Floats:
@@ -25,6 +27,29 @@ def utilisation(job: OuterJob, bits_per_s: float) -> float:
     Two sites of one device, joined by ``bits_per_s`` each way without latency, play the job's
     schedule; what they do until everything that can be in flight has been, is left out.
     """
+    _, begin_s, end_s, periods = _settled(job, bits_per_s)
+    return periods * job.every * job.step_s / (end_s - begin_s)
+
+
+def settled_spans(job: OuterJob, bits_per_s: float) -> list[Span]:
+    """What both sites do once the job has settled down, for two periods or more.
+
+    Seconds count from there; a fragment's layers go under one name.
+    """
+    played, begin_s, end_s, _ = _settled(job, bits_per_s)
+    shown = (span for span in played.spans() if begin_s <= span.start_s < end_s)
+    return [
+        replace(
+            span,
+            name="inner steps" if span.lane == "compute" else "fragments under way",
+            start_s=span.start_s - begin_s,
+        )
+        for span in shown
+    ]
+
+
+def _settled(job: OuterJob, bits_per_s: float) -> tuple[Timeline, float, float, int]:
+    """The job played, and from when to when, and how many periods, it had settled down."""
     settling = 2 * job.every + max(20, 4 * job.delay)
     warm = -(-settling // job.every)
     periods = warm + max(2, -(-2 * max(20, job.delay) // job.every))
@@ -33,9 +58,9 @@ def utilisation(job: OuterJob, bits_per_s: float) -> float:
         memory_bytes=ByteSize(1), bytes_per_s=1.0, peak={"matmul": {"float32": 1 / job.step_s}}
     )
     sites = uniform(device, sites=2, uplink=Link(latency_s=0.0, bytes_per_s=bits_per_s / 8))
-    done = simulate([tasks, tasks], sites).ends_s[0]
-    elapsed = done[ends[-1]] - done[ends[warm - 1]]
-    return (periods - warm) * job.every * job.step_s / elapsed
+    played = simulate([tasks, tasks], sites)
+    done = played.ends_s[0]
+    return played, done[ends[warm - 1]], done[ends[-1]], periods - warm
 
 
 def required_bits_per_s(

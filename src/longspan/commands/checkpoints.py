@@ -21,23 +21,23 @@ def verify(checkpoint: Source, as_json: AsJson = False) -> None:
     """
     from rich.table import Table
 
-    from longspan.train.manifest import damage
+    from longspan.train.manifest import damage, run_of
 
     found = _checkpoints(checkpoint)
     faults = {path: damage(path) for path in found}
     sound = [path for path, fault in faults.items() if fault is None]
     table = Table("checkpoint", "bytes", "state", box=None, pad_edge=False, header_style="dim")
     for path, fault in faults.items():
-        table.add_row(path.name, f"{_size(path):,}", fault or "sound")
+        table.add_row(_name(path), f"{_size(path):,}", fault or "sound")
     lines = (
         f"{len(sound)} of {len(found)} checkpoints are byte for byte what was written.",
-        f"The newest sound one is {sound[0].name}." if sound else "None can be gone on from.",
+        f"The newest sound one is {_name(sound[0])}." if sound else "None can be gone on from.",
         "A run goes on from the newest sound one by itself."
         if sound
         else "Restore the folder from a copy, or start anew.",
     )
     code = FINE if len(sound) == len(found) else ADVICE if sound else BLOCKED
-    config = found[0].parent.parent / "config.yaml"
+    config = run_of(found[0]) / "config.yaml"
     command = f"longspan export {sound[0]} model/" if sound else f"longspan train {config}"
     values = {
         "checkpoints": [
@@ -55,7 +55,8 @@ def export(
 ) -> None:
     """Write a checkpoint's weights as a Hugging Face folder of safetensors.
 
-    Of a run's folder, the newest sound checkpoint is taken.
+    Of a run's folder, the newest sound checkpoint is taken; of several sites, their global
+    parameters.
     """
     from rich.table import Table
 
@@ -68,7 +69,7 @@ def export(
     for file in files:
         table.add_row(file.name, f"{file.stat().st_size:,}")
     lines = (
-        f"{source.name} is in {out}: {parameters:,} parameters.",
+        f"{_name(source)} is in {out}: {parameters:,} parameters.",
         "Every byte of the checkpoint was checked first.",
         "transformers, vLLM and others read this folder as it is.",
     )
@@ -94,12 +95,19 @@ def _checkpoints(path: Path) -> list[Path]:
     """Newest first."""
     if path.name.startswith("step-") and path.is_dir():
         return [path]
-    found = sorted(path.glob("checkpoints/step-*[0-9]"), reverse=True)
+    # Each site of a run has a folder of its own.
+    found = [*path.glob("checkpoints/step-*[0-9]"), *path.glob("checkpoints/site*/step-*[0-9]")]
+    found.sort(key=lambda one: (one.name, one), reverse=True)
     if not found:
         raise CheckpointError(
             f"no checkpoints in {path}: give a run's folder, such as runs/NAME, or a checkpoint"
         )
     return found
+
+
+def _name(checkpoint: Path) -> str:
+    folder = checkpoint.parent.name
+    return checkpoint.name if folder == "checkpoints" else f"{folder}/{checkpoint.name}"
 
 
 def _size(checkpoint: Path) -> int:

@@ -22,6 +22,9 @@ def plan_sites(
         float, typer.Option(help="Share of the time that devices are to compute.")
     ] = 0.95,
     out: Annotated[Path | None, typer.Option(help="Write the plan: a JSON file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw what the sites do, and what is under way: an SVG.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """How often sites exchange what, so that their devices need not wait for the link."""
@@ -29,11 +32,15 @@ def plan_sites(
     from longspan.plan import write_plan
     from longspan.planner.sites import plan_sites as choose
 
-    plan = choose(
-        read_cluster(cluster), params=params, layers=layers, step_s=step, wanted=utilisation
-    )
+    where = read_cluster(cluster)
+    plan = choose(where, params=params, layers=layers, step_s=step, wanted=utilisation)
     if out:
         write_plan(plan, out)
+    if picture:
+        from longspan.planner.sites import site_spans
+        from longspan.report.timeline import write_timeline
+
+        write_timeline(site_spans(plan, where, params=params, layers=layers, step_s=step), picture)
     if as_json:
         print(json.dumps(asdict(plan), indent=2))
         return

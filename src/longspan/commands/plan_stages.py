@@ -35,6 +35,7 @@ def plan_stages(
         int | None, typer.Option(help="Use the first so many devices; all, if not said.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan: a JSON file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it: an SVG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Which dim each stage of a model shards, and how it gets there: the cheapest way.
@@ -52,6 +53,10 @@ def plan_stages(
     )
     if out:
         write_plan(found, out)
+    if picture:
+        from longspan.report.stages import write_stages
+
+        write_stages(found, picture)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return

@@ -41,10 +41,14 @@ def poc(
     from longspan.plan import read_plan
     from longspan.report.poc import Poc
     from longspan.train.config import load_config
-    from longspan.train.poc import Criterion, Way, baseline_of, poc_folder, run_poc
-    from longspan.train.worker import guarded, leave, within_torchrun
+    from longspan.train.launch import default_nproc, launch, prepare, within_torchrun
 
     settings = load_config(config)
+    if not within_torchrun():
+        prepare()
+    from longspan.train.poc import Criterion, Way, baseline_of, poc_folder, run_poc
+    from longspan.train.worker import guarded, leave
+
     plain = load_config(baseline) if baseline else baseline_of(settings)
     if within_torchrun():
         ways = Way(settings, str(config)), Way(plain, str(baseline or ""))
@@ -57,8 +61,6 @@ def poc(
             _tell(found[0], poc_folder(settings), as_json)
         except typer.Exit as exit_:
             leave(exit_.exit_code)
-    from longspan.train.launch import default_nproc, launch
-
     told = [f"--minutes={minutes}", f"--criterion={criterion}", f"--turns={turns}", "--told-above"]
     told += [f"--predicted={predicted}"] if predicted else []
     told += [f"--baseline={baseline}"] if baseline else []

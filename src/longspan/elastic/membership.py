@@ -25,10 +25,14 @@ _PULSES = 10  # in a timeout
 
 @dataclass(frozen=True)
 class Generation:
-    """The sites that exchange with each other, by number, each with its process's own name."""
+    """The sites that exchange with each other, by number, each with its process's own name.
+
+    ``failures``: how many generations of the same sites before it have never come together.
+    """
 
     number: int
     members: dict[int, str]
+    failures: int = 0
 
     @property
     def sites(self) -> list[int]:
@@ -91,7 +95,7 @@ class Membership:
         self._pulse_s = min(_MOST_PULSE_S, self.timeout_s / _PULSES)
         self._heard: dict[int, _Heard] = {}
         self._newest: Generation | None = None
-        self._broken = self._reported = 0
+        self._broken = self._reported = (0, False)
         self._trouble_s: float | None = None
         self._began_s = self._pulsed_s = time.monotonic()
         self._wake, self._in, self._closed = threading.Event(), threading.Event(), False
@@ -106,9 +110,12 @@ class Membership:
         """Until this process is in a generation, but ``timeout_s`` at most."""
         self._in.wait(self.timeout_s)
 
-    def broken(self, number: int) -> None:
-        """Say that a generation's exchanges fail, so that there must be another one."""
-        self._broken = max(self._broken, number)
+    def broken(self, number: int, apart: bool = False) -> None:
+        """Say that a generation's exchanges fail, so that there must be another one.
+
+        ``apart``: its sites have never come together.
+        """
+        self._broken = max(self._broken, (number, apart))
         self._wake.set()
 
     def close(self) -> None:
@@ -149,8 +156,8 @@ class Membership:
         current = self._read(store)
         number = current.number if current else 0
         if self._broken > self._reported:
-            store.set(f"broken/{self._broken}", "yes")
             self._reported = self._broken
+            store.set(f"broken/{self._reported[0]}", "apart" if self._reported[1] else "failed")
         now = time.monotonic()
         living = {s: h.beat.split()[0] for s, h in self._heard.items() if self._lives(h, now)}
         if current and current.members.get(self.site) == self.name:
@@ -162,8 +169,12 @@ class Membership:
         if self._trouble_s is None:
             self._trouble_s = now
         if self._settled(current, now) and living and min(living) == self.site:
-            number = max(number, self._broken, self._newest.number if self._newest else 0) + 1
-            store.compare_set(f"members/{number}", "", json.dumps(living))
+            failures = 0
+            if current and living == current.members and store.get(f"broken/{number}") == b"apart":
+                failures = current.failures + 1
+            number = max(number, self._broken[0], self._newest.number if self._newest else 0) + 1
+            proposal = json.dumps({"members": living, "failures": failures})
+            store.compare_set(f"members/{number}", "", proposal)
             store.set("newest", str(number))
             self._trouble_s = None
             self._wake.set()
@@ -187,8 +198,9 @@ class Membership:
             number += 1
         if not number or not store.check([f"members/{number}"]):
             return None
-        members = json.loads(store.get(f"members/{number}"))
-        return Generation(number, {int(site): name for site, name in members.items()})
+        told = json.loads(store.get(f"members/{number}"))
+        members = {int(site): name for site, name in told["members"].items()}
+        return Generation(number, members, told["failures"])
 
     def _lives(self, heard: _Heard, now: float) -> bool:
         return heard.alive and now - heard.at_s < self.timeout_s

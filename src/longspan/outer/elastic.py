@@ -6,6 +6,7 @@ next generation build another. Between the two a site trains by itself.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,14 +14,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
 from longspan.comm.agree import first_words
-from longspan.elastic.membership import Generation, Membership, connect_store, host_and_port
-from longspan.errors import ConfigError, ExchangeError
+from longspan.elastic.group import gloo_group
+from longspan.elastic.membership import Generation, Membership, host_and_port
+from longspan.elastic.reach import Reach, leaving, reach, words_of
+from longspan.errors import ConfigError, ExchangeError, UnreachableError
 from longspan.outer.average import GroupAverage, Work
 
 __all__ = ["ElasticAverage", "Peers"]
+
+_ATTEMPTS = 3  # before it's looked at who reaches whom
 
 
 @dataclass
@@ -105,11 +109,14 @@ class ElasticAverage:
         self._under_way.append(joint)
         return joint
 
-    def regrouped(self) -> Peers | None:
+    def regrouped(self, held: int = 0) -> Peers | None:
         """The peers of a generation that is new to this rank; None if there is none.
 
-        With the first call the others know of this site, and it waits to be taken in. Raises
-        ExchangeError, on all ranks of the site, if not all the generation's sites come in time.
+        With the first call the others know of this site, and it waits to be taken in. ``held``:
+        the last generation that it has exchanged in.
+
+        Raises ExchangeError, on all ranks of the site, if not all the generation's sites come in
+        time, and UnreachableError if that is so again and again, and this site must stop.
         """
         if self._membership is None and (self._inside is None or self._inside.rank() == 0):
             about = (self._address, self._site, self._sites, self._timeout_s)
@@ -122,25 +129,30 @@ class ElasticAverage:
         self._leave()
         lane = self._inside.rank() if self._inside else 0
         words, group = "", None
+        if generation.failures and generation.failures % _ATTEMPTS == 0:
+            words = self._apart(generation, lane, held)
         try:
-            store = connect_store(self._address, self._timeout_s)
-            here, wait = generation.sites.index(self._site), timedelta(seconds=self._timeout_s)
-            names = PrefixStore(f"{number}/{lane}", store)
-            group = ProcessGroupGloo(names, here, len(generation.sites), wait)
+            if not words:
+                here, count = generation.sites.index(self._site), len(generation.sites)
+                name = f"{number}/{lane}"
+                group = gloo_group(self._address, name, here, count, self._timeout_s)
         except RuntimeError as error:
             words = f"the sites didn't come together: {' '.join(str(error).split())[:150]}"
         self._peers = Peers(group, number, self._timeout_s)
-        self.agree(words)
+        self.agree(words, apart=True)
         return self._peers
 
-    def agree(self, words: str) -> None:
-        """Raise ExchangeError on all ranks of the site if there are words at any: what failed."""
+    def agree(self, words: str, apart: bool = False) -> None:
+        """Raise ExchangeError on all ranks of the site if there are words at any: what failed.
+
+        ``apart``: what failed is that the generation comes together.
+        """
         if self._inside:
             words = first_words(words, self._inside)
         if not words:
             return
         if self._peers and self._membership:
-            self._membership.broken(self._peers.number)
+            self._membership.broken(self._peers.number, apart)
         self._leave()
         raise ExchangeError(words)
 
@@ -157,6 +169,20 @@ class ElasticAverage:
         self._under_way.clear()
         self._peers = None
 
+    def _apart(self, generation: Generation, lane: int, held: int) -> str:
+        """Find out who reaches whom: words if not all do; UnreachableError if this site stops."""
+        told: dict[int, Reach] = {}
+        with suppress(RuntimeError):  # the store is away
+            told = reach(self._address, generation, self._site, lane, held, self._timeout_s)
+        words = words_of(told, generation.failures)
+        stop = words if self._site in leaving(told) else ""
+        if self._inside:
+            stop = first_words(stop, self._inside)
+        if stop:
+            self.close()
+            raise UnreachableError(stop)
+        return words
+
     def _newest(self) -> Generation | None:
         """What the site's first rank knows, at all its ranks."""
         found = self._membership.newest() if self._membership else None
@@ -166,7 +192,8 @@ class ElasticAverage:
         if not words:
             return None
         told = json.loads(words)
-        return Generation(told["number"], {int(k): v for k, v in told["members"].items()})
+        members = {int(site): name for site, name in told["members"].items()}
+        return Generation(told["number"], members, told["failures"])
 
     def finish(self, joint: "_Joint") -> list[Tensor]:
         """Wait for an exchange, and for the site's other ranks to have theirs."""

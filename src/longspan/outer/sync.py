@@ -126,7 +126,8 @@ class OuterSync:
         ``stop``: tell the other sites that this one wishes to stop.
 
         Raises ModelError if an outer gradient isn't finite, DivergenceError if the sites have
-        drifted apart. An exchange that fails leaves its fragment as it was, until its next turn.
+        drifted apart, UnreachableError if sites that come and go don't reach this one. An exchange
+        that fails leaves its fragment as it was, until its next turn.
         """
         figures = OuterFigures()
         self._tokens = [had + (self._weight if tokens is None else tokens) for had in self._tokens]
@@ -232,7 +233,7 @@ class OuterSync:
         if not isinstance(average, ElasticAverage):
             return
         try:
-            if (peers := average.regrouped()) is None:
+            if (peers := average.regrouped(self._generation)) is None:
                 return
             self._flying.clear()
             words = ""
@@ -241,7 +242,7 @@ class OuterSync:
                 standing, received = reunite(peers, self._held, standing, self._rounds, self._mix)
             except ExchangeError as error:
                 words = str(error)
-            average.agree(words)
+            average.agree(words, apart=True)
         except ExchangeError as error:
             figures.lost.append(f"a new generation of sites: {error}")
             return
@@ -293,7 +294,7 @@ class OuterSync:
             messages = flight.work.wait()
         except ExchangeError as error:
             del self._flying[place]
-            figures.lost.append(f"fragment '{held.name}': {error}")
+            figures.lost.append(f"fragment '{held.name}' stays as it was: {error}")
             return
         finally:
             figures.wait_s += time.perf_counter() - start

@@ -3,20 +3,21 @@
 from dataclasses import replace
 from itertools import product
 
-from longspan.cluster.bandwidth import required_bits_per_s, utilisation
+from longspan.cluster.bandwidth import required_bits_per_s, settled_spans, utilisation
 from longspan.cluster.spec import Cluster
 from longspan.errors import ClusterError, ConfigError
 from longspan.plan import SitePlan
 from longspan.schedule.outer import OuterJob
+from longspan.trace import Span
 
-__all__ = ["plan_sites", "site_utilisation"]
+__all__ = ["plan_sites", "site_spans", "site_utilisation"]
 
 # In the order in which the model would rather have them: what costs the least learning first
 # (arXiv 2501.18512, sections 3.2 to 3.4).
 _EVERY = (30, 50, 100, 200, 500)
 _DELAYS = (1, 2, 3, 4, 5)
 _BITS = {"bf16": 16.0, "int8": 8.125, "e3m0": 4.125}
-_SENT = _BITS | {"fp32": 32.0, "int4": 4.125}
+_SENT = _BITS | {"fp32": 32.0, "int4": 4.25}
 _FRAGMENT_LAYERS = 3
 _GRADIENT_BITS = 16
 # The best of the paper's outer learning rates for so many replicas, at H = 30.
@@ -75,11 +76,24 @@ def site_utilisation(
     plan: SitePlan, cluster: Cluster, *, params: float, layers: int, step_s: float
 ) -> float:
     """Share of the time that devices compute if a plan is kept to on this cluster."""
+    return utilisation(*_planned(plan, cluster, params, layers, step_s))
+
+
+def site_spans(
+    plan: SitePlan, cluster: Cluster, *, params: float, layers: int, step_s: float
+) -> list[Span]:
+    """What two sites do, and what is under way between them, if a plan is kept to: a timeline."""
+    return settled_spans(*_planned(plan, cluster, params, layers, step_s))
+
+
+def _planned(
+    plan: SitePlan, cluster: Cluster, params: float, layers: int, step_s: float
+) -> tuple[OuterJob, float]:
     sites, bits_per_s, latency_s = _uplink(cluster)
     bits = _SENT[plan.codec] * (sites - 1)
     cut = plan.fragment_layers
     job = OuterJob(params, layers, step_s, plan.sync_every, plan.delay, bits, cut)
-    return _share(job, bits_per_s, latency_s)
+    return _longer(job, bits_per_s, latency_s), bits_per_s
 
 
 def _uplink(cluster: Cluster) -> tuple[int, float, float]:
@@ -93,6 +107,10 @@ def _uplink(cluster: Cluster) -> tuple[int, float, float]:
 
 
 def _share(job: OuterJob, bits_per_s: float, latency_s: float) -> float:
-    """Utilisation, each fragment's messages longer by what the latency could have carried."""
+    return utilisation(_longer(job, bits_per_s, latency_s), bits_per_s)
+
+
+def _longer(job: OuterJob, bits_per_s: float, latency_s: float) -> OuterJob:
+    """Each fragment's messages longer by what the latency could have carried."""
     longer = latency_s * bits_per_s * job.layers / job.params / job.fragment_layers
-    return utilisation(replace(job, bits=job.bits + longer), bits_per_s)
+    return replace(job, bits=job.bits + longer)

@@ -1,7 +1,9 @@
 """torch.export's graph of a module: what is planned, and what runs a plan."""
 
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,18 @@ from longspan.errors import ModelError
 from longspan.schedule.groups import called
 
 __all__ = ["exported"]
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without torch's log of what it can't follow: the error says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def exported(
@@ -23,7 +37,7 @@ def exported(
     named = isinstance(example_inputs, Mapping)
     args = () if named else tuple(example_inputs)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _unlogged():
             warnings.simplefilter("ignore")  # of modules that set attributes as they run
             return torch.export.export(
                 module,

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from longspan.data.tokens import load_tokenizer
 from longspan.errors import CheckpointError, ConfigError
 from longspan.train.config import load_config
-from longspan.train.manifest import damage
+from longspan.train.manifest import damage, run_of
 from longspan.train.parallelize import build_model
 
 __all__ = ["export"]
@@ -19,6 +19,7 @@ __all__ = ["export"]
 def export(checkpoint: Path, out: Path) -> int:
     """Write the weights of ``checkpoint`` (a folder step-… of a run) to the new folder ``out``.
 
+    Of a run on several sites they are the global parameters.
     ``AutoModelForCausalLM.from_pretrained(out)`` reads it. Returns the number of parameters.
     Raises CheckpointError for a damaged checkpoint, ConfigError where ``out`` holds something.
     """
@@ -26,21 +27,22 @@ def export(checkpoint: Path, out: Path) -> int:
         raise CheckpointError(f"{checkpoint}: {wrong}; export another one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already: name a new folder")
-    config = load_config(checkpoint.parent.parent / "config.yaml")
+    config = load_config(run_of(checkpoint) / "config.yaml")
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_token)
     model = build_model(config, tokenizer.vocab_size, "cpu")
     reader = HuggingFaceStorageReader(str(checkpoint))
     stored = reader.read_metadata().state_dict_metadata
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     # Tied weights are stored once, buffers that aren't learnt not at all.
+    weights = {}
+    for name, weight in model.state_dict().items():
+        agreed = f"outer.theta.{name}"
+        place = agreed if agreed in stored else f"model.{name}"
+        if place in stored:
+            weights[place] = weight
     with warnings.catch_warnings():
         # That there is one process only is meant.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        load(
-            {name: weight for name, weight in weights.items() if name in stored},
-            storage_reader=reader,
-            no_dist=True,
-        )
+        load(weights, storage_reader=reader, no_dist=True)
     part = out.with_name(f".{out.name}.partial")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)

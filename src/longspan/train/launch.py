@@ -1,17 +1,30 @@
-"""Starts one process a rank on this machine, with torchrun's own launcher."""
+"""Starts one process a rank on this machine, with torchrun's own launcher.
+
+Ranks are forks of one process that has imported what they need, and done nothing else.
+"""
 
 import logging
 import os
 import sys
+import traceback
 import uuid
 from collections.abc import Sequence
+from multiprocessing import forkserver, get_context
 
-import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+__all__ = ["default_nproc", "launch", "prepare", "within_torchrun"]
 
-__all__ = ["default_nproc", "launch"]
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+
+
+def within_torchrun() -> bool:
+    """Whether a launcher has started this process as one of several ranks."""
+    return all(name in os.environ for name in _ENVIRONMENT)
+
+
+def prepare() -> None:
+    """Start to import what ranks need, beside what this process has to do before it launches."""
+    get_context("forkserver").set_forkserver_preload(["longspan.train.worker"])
+    forkserver.ensure_running()
 
 
 def launch(arguments: Sequence[str], nproc: int) -> int:
@@ -20,6 +33,11 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     A rank that ends with a user's error has said so: its 2 is passed on. SIGTERM and Ctrl-C are
     handed to the ranks, who save and stop.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    prepare()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     settings = LaunchConfig(
@@ -30,10 +48,10 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
-        start_method="spawn",
+        start_method="forkserver",
     )
     try:
-        elastic_launch(settings, sys.executable)("-m", "longspan", *arguments)
+        elastic_launch(settings, _rank)(*arguments)
     except SignalException:
         return 0
     except ChildFailedError as error:
@@ -48,6 +66,25 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     return 0
 
 
+def _rank(*arguments: str) -> None:
+    """A rank's command. One that ends well returns: torchrun waits for that."""
+    import torch
+
+    from longspan.cli import main
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        main(list(arguments))
+    except SystemExit as end:
+        if end.code:
+            raise
+    except Exception:  # torchrun would keep it to itself
+        traceback.print_exc()
+        sys.exit(1)
+
+
 def default_nproc() -> int:
     """One process a GPU, or a single one."""
+    import torch
+
     return max(1, torch.cuda.device_count())

@@ -87,7 +87,7 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
             recorder.say(f"step {progress.step + 1}: {found.sites} sites exchange from here on")
         for words in found.lost:
             recorder.note("lost", {"exchange": words})
-            recorder.say(f"{words}; its fragment stays as it was")
+            recorder.say(words)
     seconds = time.perf_counter() - start
     figures = {
         "loss": loss,

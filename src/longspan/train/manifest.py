@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-__all__ = ["MANIFEST", "damage", "sha256"]
+__all__ = ["MANIFEST", "damage", "run_of", "sha256"]
 
 MANIFEST = "manifest.json"
 
@@ -23,6 +23,12 @@ def damage(checkpoint: Path) -> str | None:
         if sha256(file) != expected:
             return f"{name} isn't what was written (sha256 differs)"
     return None
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that wrote it; of several sites each has a folder of its own in it."""
+    folder = checkpoint.parent
+    return (folder if folder.name == "checkpoints" else folder.parent).parent
 
 
 def sha256(file: Path) -> str:

@@ -2,8 +2,11 @@
 
 import os
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing import parent_process
 from typing import NoReturn
 
 import torch
@@ -19,15 +22,11 @@ from longspan.train.loop import train
 from longspan.train.record import Recorder
 from longspan.train.stop import StopWish
 
-__all__ = ["guarded", "leave", "run_worker", "within_torchrun"]
+__all__ = ["guarded", "leave", "run_worker"]
 
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+# The launcher names the first rank that ends: that must be the one that the others have lost.
+_LATER_S = 1.0
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out waiting", "Socket")
-
-
-def within_torchrun() -> bool:
-    """Whether a launcher has started this process as one of several ranks."""
-    return all(name in os.environ for name in _ENVIRONMENT)
 
 
 def run_worker(config: Config) -> int:
@@ -51,13 +50,19 @@ def guarded(config: Config, work: Callable[[], object]) -> int:
             _tell(str(_out_of_memory(config, error)))
             return 2
         if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST):
+            time.sleep(_LATER_S)
             return 1
         raise
     return 0
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: a Gloo group that something still refers to aborts a usual exit."""
+    """End this process at once: a Gloo group that something still refers to aborts a usual exit.
+
+    A fork of ``train.launch`` ends like that anyway, once its launcher knows.
+    """
+    if parent_process():
+        sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -80,6 +85,9 @@ def _run(config: Config) -> None:
             print(f"report: {write_report(config.run)}")
             print(f"\nNext:\nlongspan verify {shlex.quote(str(config.run))}", flush=True)
         dist.destroy_process_group()
+    if wish.heard and parent_process():
+        # The launcher that has told its fork to stop waits for its end, not for its word.
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _out_of_memory(config: Config, error: Exception) -> MemoryLimitError:
