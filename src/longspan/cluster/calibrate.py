@@ -1,12 +1,11 @@
 """From a probe's trace to a Cluster: the simulation read backwards.
 
 A link's latency is the quickest ping's, less what a rank computes for a message; all else is a
-median of repeats. Between nodes a link's
-rate is that of its largest message once the latency is taken off. A node's rate out is the best
-it reached towards any other node, and likewise in: what is less than that was the other end's.
-Inside a node, where copies and sums count too, it is the median rate of all its sends and
-collectives. What messages take from a device's computing is what the same work takes longer beside
-them: of small ones for each message, of large ones for each byte.
+median of repeats. Between nodes a link's rate is that of its largest message once the latency is
+taken off. A node's rate out is the best it reached towards any other node, and likewise in: what is
+less than that was the other end's. Inside a node, where copies and sums count too, it is the median
+rate of all its sends and collectives. What messages take from a device's computing is what the same
+work takes longer beside them: of small ones for each message, of large ones for each byte.
 """
 
 from collections import defaultdict
