@@ -25,8 +25,6 @@ from longspan.cluster.fabric import Fabric, Floats, Link
 from longspan.errors import ClusterError
 
 __all__ = [
-    "NARROW",
-    "WIDE",
     "Cluster",
     "Device",
     "Node",
@@ -38,7 +36,7 @@ __all__ = [
     "write_cluster",
 ]
 
-NARROW, WIDE = 16, 64  # head dims that attention's rates are of
+_NARROW, _WIDE = 16, 64  # head dims that attention's rates are of
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rates = dict[str, dict[str, Rate]]
 
@@ -83,12 +81,12 @@ class Device(_Part):
     def _of_heads(kind: str, name: str, dtype: str, rates: Rates) -> float:
         """The rate that ``name`` has, for the heads that ``kind`` is of."""
         rate, heads = rates[name][dtype], kind.removeprefix(f"{name} ")
-        narrow = rates.get(f"{name} {NARROW}", {}).get(dtype)
+        narrow = rates.get(f"{name} {_NARROW}", {}).get(dtype)
         if narrow is None or not heads.isdigit():
             return rate
-        least, usual = NARROW / narrow, WIDE / rate
-        slope = max(0.0, (usual - least) / (WIDE - NARROW))
-        return int(heads) / (least + slope * (int(heads) - NARROW))
+        least, usual = _NARROW / narrow, _WIDE / rate
+        slope = max(0.0, (usual - least) / (_WIDE - _NARROW))
+        return int(heads) / (least + slope * (int(heads) - _NARROW))
 
 
 class Node(_Part):

@@ -19,6 +19,8 @@ from longspan.schedule.ops import Comm
 
 __all__ = ["Stopwatch"]
 
+_BESIDE_S = 0.15
+
 
 class Stopwatch:
     """Runs and times communications on the ranks of the default group.
@@ -75,14 +77,21 @@ class Stopwatch:
         return [self._seconds(work, inner) for _ in range(repeats)]
 
     def beside(
-        self, work: Callable[[], object], size: int, messages: int, repeats: int = 5
-    ) -> tuple[list[float], list[float]]:
+        self,
+        work: Callable[[], object],
+        ring: Sequence[int],
+        size: int,
+        most: int,
+        repeats: int = 5,
+    ) -> tuple[int, list[float], list[float]]:
         """Seconds of ``work`` done over and over, alone and beside messages; one a repeat.
 
-        Each rank sends ``messages`` of ``size`` bytes to the next and receives as many, and works
-        for longer than they take: what it then takes more than alone, the messages have taken.
+        Each rank sends messages of ``size`` bytes to the next of its ``ring``, up to ``most`` and
+        for about ``_BESIDE_S``, and receives as many; their number comes first. It works for longer
+        than they take: what it then takes more than alone, the messages have taken.
         """
-        target, source = (self.rank + 1) % self.world, (self.rank - 1) % self.world
+        here = ring.index(self.rank)
+        target, source = ring[(here + 1) % len(ring)], ring[here - 1]
         sent, received = self._empty(size), self._empty(size)
 
         def worked(turns: int, messages: int) -> None:
@@ -100,12 +109,15 @@ class Stopwatch:
             dist.barrier()
             return self._seconds(partial(worked, turns, messages), 1)
 
-        worked(1, messages)
-        by_itself = max(row[0] for row in self.everyone(seconds(0, messages)))
+        def slowest(turns: int, messages: int) -> float:
+            return max(row[0] for row in self.everyone(seconds(turns, messages)))
+
+        slowest(1, 1)
+        messages = max(1, min(most, int(_BESIDE_S / slowest(0, 4) * 4)))
         a_turn = min(row[0] for row in self.everyone(self._seconds(work, 20)))
-        turns = max(2 * messages, math.ceil(2 * by_itself / a_turn))
+        turns = max(2 * messages, math.ceil(2 * slowest(0, messages) / a_turn))
         both = [(seconds(turns, 0), seconds(turns, messages)) for _ in range(repeats)]
-        return [alone for alone, _ in both], [beside for _, beside in both]
+        return messages, [alone for alone, _ in both], [beside for _, beside in both]
 
     def _seconds(self, work: Callable[[], object], inner: int) -> float:
         self._finish()

@@ -31,7 +31,7 @@ __all__ = ["probe"]
 _TARGET_S = 0.12  # long enough that a scheduler's or a barrier's milliseconds don't count
 _FIRST_BYTES = 1 << 16
 _MOST_BYTES = 1 << 27
-_BESIDE = ((1 << 10, 200), (1 << 18, 24))  # sizes and numbers of messages
+_BESIDE = ((1 << 10, 200), (1 << 18, 200))  # sizes of messages, and at most how many
 _ALL_PAIRS = 4  # among more nodes than this, only neighbours are timed
 _COLLECTIVES: tuple[CommKind, ...] = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 
@@ -58,7 +58,7 @@ def probe(device: torch.device, memory_bytes: int, site: str) -> list[Note]:
     for ranks in groups:
         for kind in _COLLECTIVES:
             rows += _grown(watch, partial(_collective, kind, ranks))
-    return [*rows, *_computing(watch), *_beside(watch)]
+    return [*rows, *_computing(watch), *_beside(watch, nodes)]
 
 
 def _places(watch: Stopwatch, memory_bytes: int, site: str) -> dict[str, list[object]]:
@@ -130,13 +130,19 @@ def _computing(watch: Stopwatch) -> Iterator[Note]:
             yield Note("compute", {"rank": rank, "op": asdict(op), "seconds": seconds})
 
 
-def _beside(watch: Stopwatch) -> Iterator[Note]:
-    """Small matrix products, beside small messages and large ones; a GPU sends by itself."""
+def _beside(watch: Stopwatch, nodes: list[tuple[int, ...]]) -> Iterator[Note]:
+    """Small matrix products, beside small messages and large ones; a GPU sends by itself.
+
+    Inside nodes where all have several ranks: there, much can be sent in a moment.
+    """
     if watch.world == 1 or watch.device.type == "cuda":
         return
     a, b = (torch.randn(128, 128) for _ in range(2))
-    for size, messages in _BESIDE:
-        alone, beside = watch.beside(partial(torch.matmul, a, b), size, messages)
+    ring = next(ranks for ranks in nodes if watch.rank in ranks)
+    if min(map(len, nodes)) == 1:
+        ring = tuple(range(watch.world))
+    for size, most in _BESIDE:
+        messages, alone, beside = watch.beside(partial(torch.matmul, a, b), ring, size, most)
         for rank, row in enumerate(watch.everyone(*alone, *beside)):
             about = {"rank": rank, "messages": 2 * messages, "bytes": 2 * messages * size}
             half = len(alone)
