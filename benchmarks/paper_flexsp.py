@@ -133,7 +133,7 @@ def main() -> None:
     figures: dict[str, float] = {}
     log, holds = "", True
     for name in asked.models:
-        milp_steps = asked.milp_batches // (1 if name == asked.models[0] else 4)
+        milp_steps = -(-asked.milp_batches // (1 if name == asked.models[0] else 4))
         for longest in LIMITS:
             steps = batches(asked.lengths, longest, asked.batches)
             found, table = compare(name, steps, longest, milp_steps, asked.limit)
@@ -141,13 +141,14 @@ def main() -> None:
             log += table
             label = f"{name}_{longest // 1000}k"
             figures |= {f"{label}_{key}": round(value, 4) for key, value in found.items()}
-            holds &= found.get("ours_over_milp", 0) <= 1
+            holds &= found.get("ours_over_milp", 0) <= 1 and found["any_over_ours"] <= 1
             holds &= found["plan_ours_median_ms"] <= 50 and found["plan_ours_worst_ms"] <= 200
             if (name, longest) == ("7b", 192_000):
                 for key, published in PAPER.items():
                     holds &= abs(found.get(key, published) / published - 1) <= WITHIN
     targets = {
         "ours_over_milp": 1.0,
+        "any_over_ours": 1.0,
         "plan_ours_median_ms": 50,
         "plan_ours_worst_ms": 200,
         "7b_192k": PAPER,

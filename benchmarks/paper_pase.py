@@ -9,7 +9,7 @@ One number is fitted, the same for all 40 points: the seconds that a hop of a ri
 Mesh-TensorFlow, where every hop is TensorFlow operations that are dispatched one by one for each
 device (``placement_mesh_impl.py``), and every tensor is reduced by itself. The presets have NCCL's
 latencies. It is also fitted to one cluster, or to three models, to foretell the rest; and, as the
-paper doesn't say how long the sequences were, to lengths other than the programs' default.
+paper doesn't say how long RNNLM's sequences were, with other lengths of these.
 
     python -m benchmarks.paper_pase
 """
@@ -20,7 +20,7 @@ from statistics import mean
 
 import numpy as np
 
-from benchmarks.models.pase import DEVICES, LENGTH, as_run, data_parallel, found, program, seconds
+from benchmarks.models.pase import DEVICES, as_run, data_parallel, found, program, seconds
 from benchmarks.record import conclude
 from longspan.cluster.fabric import Link
 from longspan.cluster.spec import Cluster, Device, read_cluster, uniform
@@ -153,15 +153,15 @@ def same_trend(points_of: list[Point], hop_s: float) -> bool:
     return bool(ways[0] * ways[1] > 0 or abs(ways[1]) < 0.02)
 
 
-def figure(length: int) -> list[Point]:
-    """All of it, with sequences of that length."""
-    models = PAPER["8x1080ti"]
-    return list(points({name: as_run(capture(*program(name, length))) for name in models}))
+def figure(**lengths: int) -> list[Point]:
+    """Points of all models, or of those that are named, with sequences of these lengths."""
+    models = lengths or dict.fromkeys(PAPER["8x1080ti"])
+    return list(points({name: as_run(capture(*program(name, n))) for name, n in models.items()}))
 
 
 def main() -> None:
     """Print the table and the errors."""
-    all_ = figure(LENGTH)
+    all_ = figure()
     hop_s = fitted(all_)
     log = f"{'':26}{'devices':>8}{'paper':>8}{'ours':>8}{'presets':>9}{'PaSE’s':>8}\n"
     print(log, end="", flush=True)
@@ -173,14 +173,15 @@ def main() -> None:
         log += line
         name = f"{point.cluster}_{point.model}_{point.devices}"
         figures[name] = round(point.speedup(hop_s), 3)
-    others = [(length, figure(length)) for length in (LENGTH // 4, LENGTH // 2)]
+    rest = [point for point in all_ if point.model != "rnnlm"]
+    others = [(length, [*rest, *figure(rnnlm=length)]) for length in (32, 128, 256)]
     rows = [all_[at : at + len(DEVICES)] for at in range(0, len(all_), len(DEVICES))]
     figures |= {
         "hop_us": round(1e6 * hop_s, 1),
         "mean_error": round(error(all_, hop_s), 4),
         "mean_error_other_cluster": round(foretold(all_, "cluster"), 4),
         "mean_error_other_models": round(foretold(all_, "model"), 4),
-        **{f"mean_error_length_{n}": round(error(some, fitted(some)), 4) for n, some in others},
+        **{f"mean_error_rnnlm_{n}": round(error(some, fitted(some)), 4) for n, some in others},
         "mean_error_presets": round(mean(abs(p.preset / p.paper - 1) for p in all_), 4),
         "mean_error_pase": round(mean(abs(p.pase / p.paper - 1) for p in all_), 4),
         "right_sign": sum(p.speedup(hop_s) > 0.99 for p in all_),

@@ -45,7 +45,11 @@ def _serve(rank: int, size: int, port: int, orders: Connection) -> None:
         world_size=size,
         timeout=timedelta(seconds=60),
     )
-    meshes: dict[int, DeviceMesh] = {}
+    meshes = {}
+    for world in range(1, size + 1):
+        group = dist.new_group(list(range(world)))
+        if rank < world:
+            meshes[world] = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("sp",))
     own = set(_groups())
     while (order := orders.recv()) is not None:
         if order == TIDY:
@@ -54,10 +58,6 @@ def _serve(rank: int, size: int, port: int, orders: Connection) -> None:
                     dist.destroy_process_group(group)
             continue
         world, function, args = order
-        if world not in meshes:
-            group = dist.new_group(list(range(world)), use_local_synchronization=True)
-            own.add(group)
-            meshes[world] = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("sp",))
         try:
             orders.send((True, function(meshes[world], *args)))
         except BaseException:

@@ -17,6 +17,7 @@ from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import longspan
+from longspan.attention.hybrid import shares_of
 from longspan.attention.kept import Kept
 from longspan.attention.kernels import (
     CpuFlash,
@@ -62,6 +63,7 @@ class Case:
     kv_documents: tuple[int, ...] | None = None
     sinks: bool = False
     cut: bool = False  # into parts of the heads, however small their messages
+    parts: int | None = None
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -95,6 +97,7 @@ def _cases(draw: st.DrawFn) -> Case:
         kv_documents=None if kv_lengths is None else (0, *accumulate(kv_lengths)),
         sinks=draw(st.booleans()),
         cut=draw(st.booleans()),
+        parts=draw(st.sampled_from([None, None, 1, 2, 3])),
     )
 
 
@@ -123,7 +126,7 @@ def shares(mesh: DeviceMesh, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 def ways(case: Case) -> dict[str, Any]:
     """What ``attend`` is told."""
     told = {"cu_seqlens": case.documents, "cu_seqlens_k": case.kv_documents} if case.told else {}
-    names = ("causal", "window", "order", "scale", "travels", "inside", "grads_in")
+    names = ("causal", "window", "order", "scale", "travels", "inside", "grads_in", "parts")
     return told | {name: getattr(case, name) for name in names}
 
 
@@ -159,7 +162,7 @@ def worst_difference(mesh: DeviceMesh, case: Case, share: float = 1.0, calls: in
     assert out.dtype == case.dtype
     out.backward(dout[:, :, own].to(case.dtype))
     kept.rewind()
-    lse = kept.recalled().lse
+    lse = torch.cat([late.lse for late in iter(kept.recalled, None)], 1)  # of the heads' parts
     differences = [
         difference(out, expected[:, :, own], case),
         difference(lse, _lse_here(mesh, case, expected_lse), case) if share == 1 else 0.0,
@@ -199,7 +202,7 @@ def _lse_here(mesh: DeviceMesh, case: Case, lse: torch.Tensor) -> torch.Tensor:
     return lse[:, heads.start : heads.stop, ascending]
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(case=cases, world=st.integers(1, 4))
 def test_attention_is_exact(ranks: Ranks, case: Case, world: int) -> None:
     assert max(ranks.run(worst_difference, case, world=world)) < TOLERANCE[case.dtype]
@@ -228,8 +231,9 @@ def promised_bytes(
     rank, width = flat_group(mesh).rank(), mesh.size(mesh.ndim - 1)
     out, back, world = 0, 0, mesh.size()
     sizes = {"node_ranks": width} if mesh.ndim == 2 else {}
+    split = [(q, k)]
     if case.inside == "heads":
-        shares = HeadShares(case.q_heads, case.kv_heads, width)
+        shares = shares_of(q, k, k, width, world // width, case.keys[-1], case.parts)
         place, inner = divmod(rank, width)
         ranks = range(place * width, rank - inner + width)
         token = case.batch * q.shape[3] * case.dtype.itemsize
@@ -243,20 +247,24 @@ def promised_bytes(
             # The way back is the transpose: what came is sent.
             home = sum(counts[r] * len(heads[inner]) * token for r in range(width) if r != inner)
             out, back = out + there + back_too * home, back + home + back_too * there
-        own, kv = shares.q(inner), shares.kv(inner)
-        q = q[:, own.start : own.stop]
-        k = k[:, kv.start : kv.stop] if shares.even(inner) else q
+        split = []
+        for part in range(shares.parts):
+            own, kv = shares.q(inner, part), shares.kv(inner, part)
+            queries = q[:, own.start : own.stop]
+            even = shares.even(inner, part)
+            split.append((queries, k[:, kv.start : kv.stop] if even else queries))
         world, rank, sizes = world // width, place, {"width": width}
-    ring = ring_of(
-        *(q, k, k, world, case.order, case.causal, case.documents),
-        window=case.window,
-        kv_documents=case.kv_documents,
-        grads_in=case.grads_in,
-        **sizes,
-    )
-    way = cheapest(ring) if case.travels == "auto" else case.travels
-    out += sum(op.sent_bytes(rank) for op in comms(ring, rank))
-    back += sum(op.sent_bytes(rank) for op in comms(ring, rank, True, way))
+    for queries, keys in split:
+        ring = ring_of(
+            *(queries, keys, keys, world, case.order, case.causal, case.documents),
+            window=case.window,
+            kv_documents=case.kv_documents,
+            grads_in=case.grads_in,
+            **sizes,
+        )
+        way = cheapest(ring) if case.travels == "auto" else case.travels
+        out += sum(op.sent_bytes(rank) for op in comms(ring, rank))
+        back += sum(op.sent_bytes(rank) for op in comms(ring, rank, True, way))
     return out, back
 
 
@@ -319,6 +327,7 @@ def refusals(mesh: DeviceMesh) -> list[str]:
         lambda: longspan.attend(x, x, x, mesh=mesh, inside="rings"),
         lambda: longspan.attend(x, x, x, mesh=mesh, travels="k"),
         lambda: longspan.attend(x, x, x, mesh=mesh, grads_in="bfloat16"),
+        lambda: longspan.attend(x, x, x, mesh=mesh, inside="heads", parts=0),
     ]
     messages = []
     for call in calls:
@@ -335,7 +344,7 @@ def test_what_is_refused(ranks: Ranks) -> None:
                     "window of 0", "causal", "need causal=False", "pass both", "is empty",
                     "but k has 7", "queries have 1 documents and keys 2", "not descend",
                     "2 query heads need a sink each", "inside 'rings'", "travels 'k'",
-                    "grads_in 'bfloat16'")  # fmt: skip
+                    "grads_in 'bfloat16'", "in 0 parts")  # fmt: skip
         assert len(messages) == len(expected)
         for message, part in zip(messages, expected, strict=True):
             assert part in message and "\n" not in message

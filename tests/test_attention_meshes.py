@@ -33,7 +33,7 @@ def difference_on(_: DeviceMesh, sizes: tuple[int, ...], case: Case) -> float:
     return 0.0 if mesh.get_coordinate() is None else worst_difference(mesh, case)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(case=cases, sizes=meshes)
 def test_every_mesh_is_exact(eight_ranks: Ranks, case: Case, sizes: tuple[int, ...]) -> None:
     """Flat and double ring, head exchange, and the hybrid of it with a ring."""

@@ -250,6 +250,31 @@ def test_published_models(name: str) -> None:
     check(plan_priced(lengths, prices), prices, 28 << 30)
 
 
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_any_size_is_no_worse_than_powers_of_two(name: str) -> None:
+    rng = np.random.default_rng(5)
+    powers, free = (published_prices(name, 32, powers_of_two=only) for only in (True, False))
+    heavy = rng.lognormal(np.log(2000), 1.5, 120).astype(int)
+    for lengths in (heavy, np.full(120, 4096), np.append(np.full(100, 600), powers.capacity - 1)):
+        cut = np.clip(lengths, 1, powers.capacity - 1).tolist()
+        some, every = plan_priced(cut, powers), plan_priced(cut, free)
+        check(every, free, 28 << 30)
+        assert every.seconds <= some.seconds * (1 + 1e-9)
+
+
+def test_memory_is_filled() -> None:
+    """One rank holds one such sequence, eight hold eleven."""
+    lengths, prices = [4096] * 512, published_prices("7b", 64)
+    assert prices.pools[0].prices[0].most_tokens < 2 * 4096
+    assert len(plan_priced(lengths, prices).micro_batches) == 6
+
+
+def test_a_long_tail_is_near_the_bound() -> None:
+    lengths = np.random.default_rng(6).lognormal(np.log(2000), 1.5, 512).astype(int)
+    plan = plan_priced(lengths.tolist(), published_prices("7b", 64, powers_of_two=False))
+    assert plan.seconds <= 1.1 * plan.lower_bound_s
+
+
 def test_too_long_a_sequence_is_named() -> None:
     prices = published_prices("7b", 8)
     with pytest.raises(MemoryLimitError, match=r"sequence 1 has 900,000 tokens.*such devices"):

@@ -31,7 +31,7 @@ from longspan.schedule.rounds import comms, rounds
 SHARES = (0.0, 0.25, 0.5, 1.0)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(case=cases, world=st.integers(1, 4), share=st.floats(0, 1))
 def test_attention_recalled_is_exact(ranks: Ranks, case: Case, world: int, share: float) -> None:
     found = ranks.run(worst_difference, case, share, 2, world=world)

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +18,7 @@ import torch.distributed as dist
 import yaml
 from family import descendants
 from ranks import Ranks
+from test_train import command, train
 from torch.distributed.device_mesh import DeviceMesh
 
 from longspan.comm.groups import Groups
@@ -36,7 +36,7 @@ from longspan.train.parallelize import build_model, parallelize
 from longspan.train.rates import told_apart
 from longspan.train.step import StepRunner
 
-STEPS = 16
+STEPS, KEPT = 12, 8
 MODEL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -180,9 +180,9 @@ def write_config(documents: Path, folder: Path) -> Path:
             "cluster": str(folder / "cluster.yaml"),
             "memory_bytes": 2_300_000,
         },
-        "train": {"steps": STEPS, "global_batch": 24, "validate_every": 10},
+        "train": {"steps": STEPS, "global_batch": 24, "validate_every": KEPT},
         "checks": {"exactness": True},
-        "checkpoint": {"every": 10},
+        "checkpoint": {"every": KEPT},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -222,9 +222,7 @@ def kill_planner(run: subprocess.Popen[str]) -> None:
 @pytest.mark.slow
 def test_a_flexible_run_and_what_it_goes_on_with(documents: Path, tmp_path: Path) -> None:
     config = write_config(documents, tmp_path)
-    command = [sys.executable, "-m", "longspan", "train", str(config), "--nproc", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    train(config)
     trace = tmp_path / "run" / "trace.jsonl"
     before = list(read_trace(trace))
     plans = [row.about for row in before if isinstance(row, Note) and row.kind == "plan"]
@@ -233,17 +231,18 @@ def test_a_flexible_run_and_what_it_goes_on_with(documents: Path, tmp_path: Path
     assert sizes <= {1, 2}
     rates = json.loads((tmp_path / "run" / "rates.json").read_text())["rates"]
     assert all(kind["micro_batch_s"] > 0 and kind["token_s"] > 0 for kind in rates.values())
-    assert [step for step, _ in curve(before, "validation_loss")] == [10, STEPS]
+    assert [step for step, _ in curve(before, "validation_loss")] == [KEPT, STEPS]
     losses = curve(before, "loss")
     assert losses[-1][1] < losses[0][1]
 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}")
-    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = command(config)
+    again = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     kill_planner(again)
     _, told = again.communicate(timeout=200)
     assert again.returncode == 0, told
     after = list(read_trace(trace))[len(before) :]
-    assert curve(after, "loss") == losses[10:]
+    assert curve(after, "loss") == losses[KEPT:]
     assert curve(after, "planner_restarts")[-1][1] == 1
 
 

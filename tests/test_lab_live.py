@@ -299,8 +299,8 @@ def test_the_command_line_runs_and_tells() -> None:
     assert f"{lab.name}: 2 nodes of 1 ranks, 1 sites, 20mbit, process {os.getpid()}" in listed
 
 
-# A lab with limited devices, and a process that leaves its group, session and parent. What a shell
-# starts in the background ignores SIGINT, so it is taken up again.
+# A lab with limited devices, and a process that leaves its group, session and parent. What runs in
+# the background ignores SIGINT, and under nohup SIGHUP: they are taken up again.
 OWNER = """
 import signal
 import sys
@@ -308,6 +308,7 @@ from longspan.lab.lab import Lab
 from longspan.lab.spec import LabSpec
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 spec = LabSpec(nodes=2, sites=2, bandwidth="1gbit", device_share=0.1, device_memory="1GiB")
 spec = LabSpec(nodes=2, sites=2, bandwidth="1gbit") if sys.argv[2] == "plain" else spec
 with Lab(spec, name=sys.argv[1]) as lab:

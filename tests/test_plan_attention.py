@@ -1,5 +1,7 @@
 """The planner's choice of attention: what it foretells is what is sent, and what is simulated."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import longspan
 from longspan.cluster.fabric import Link
 from longspan.cluster.ring import predict_ring
+from longspan.cluster.simulate import simulate
 from longspan.cluster.spec import Cluster, Device, uniform
 from longspan.comm.counting import CountBytes
 from longspan.comm.mesh import flat_group
@@ -17,7 +20,10 @@ from longspan.errors import ClusterError, LayoutError
 from longspan.layout import Order
 from longspan.planner.attention import AttentionChoice, best_attention, plan_attention
 from longspan.planner.attention_price import Pricer, Way
+from longspan.schedule.heads import HeadShares, trips
+from longspan.schedule.ops import Compute, Task
 from longspan.schedule.ring_tasks import AttentionKernels
+from longspan.schedule.rounds import rounds
 
 DEVICE = Device(memory_bytes=1, bytes_per_s=1e11, peak={"matmul": {"bfloat16": 1e13}})
 
@@ -48,6 +54,7 @@ def sent(mesh: DeviceMesh, choice: AttentionChoice, documents: tuple[int, ...], 
             order=choice.order,
             inside=choice.inside,
             travels=choice.travels,
+            parts=choice.parts,
             cu_seqlens=documents,
             window=window,
         )
@@ -221,3 +228,63 @@ def test_parts_hide_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alone < seconds(between) < 1.2 * alone
     monkeypatch.setattr("longspan.schedule.ring._TURNS", 1)
     assert seconds(between) > 1.4 * alone
+
+
+def played(pricer: Pricer, way: Way, backward: bool) -> float:
+    """Seconds of the same parts in the simulator."""
+    world, kernels = way.width, pricer.kernels
+    size = kernels.head_dim * kernels.dtype_bytes
+    shares = HeadShares(kernels.heads, kernels.kv_heads, world, way.parts)
+    counts = [pricer.documents[-1] // world] * world
+    every = trips(shares, counts, size, 2 * size, range(world), backward)
+    own = replace(kernels, heads=kernels.heads // world, kv_heads=max(1, kernels.kv_heads // world))
+    (turn,) = rounds(own.ring(pricer.documents[-1], 1, pricer.order), 0, backward)
+    work = [op for _, op in own.attend(turn, True, backward)]
+    schedules = []
+    for _ in range(world):
+        tasks = [Task(there, "wire") for there, _ in every]
+        for part, (there, home) in enumerate(every):
+            moved = 4 * (sum(there.sizes) + sum(home.sizes)) / world
+            ops = [
+                replace(op, flops=op.flops / way.parts, bytes=op.bytes / way.parts) for op in work
+            ]
+            for op in [*ops, Compute("elementwise", 0, moved, kernels.dtype)]:
+                tasks.append(Task(op, after=(part,)))
+            tasks.append(Task(home, "wire", after=(len(tasks) - 1,)))
+        schedules.append(tasks)
+    return simulate(schedules, pricer.cluster).seconds
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.sampled_from([(16, 16), (16, 4), (16, 2), (32, 8)]),
+    st.sampled_from([1e6, 1e8, 1e10]),
+    st.sampled_from([0.0, 1e-4]),
+    st.sampled_from([1024, 8192]),
+)
+def test_heads_in_parts_take_what_the_simulator_says(
+    heads: tuple[int, int], rate: float, latency: float, length: int
+) -> None:
+    where, kernels = cluster(rate, rate, latency=latency), AttentionKernels(*heads, 64)
+    pricer = Pricer(where, (0, 1, 2, 3), kernels, (0, length), Order.ZIGZAG, True, None)
+    for parts in pricer.cuts(Way("heads", 1, 4)):
+        way = Way("heads", 1, 4, parts=parts)
+        for backward in (False, True):
+            priced = pricer.seconds(way, backward, pricer.ring(way, backward, "kv"))
+            assert priced.seconds == pytest.approx(played(pricer, way, backward))
+
+
+def test_heads_go_in_parts_where_that_pays() -> None:
+    """While one is computed another crosses; where latency is all there is, they go as one."""
+    kernels = AttentionKernels(32, 32, 64)
+
+    def heads(rate: float, latency: float) -> AttentionChoice:
+        plan = plan_attention(cluster(rate, rate, latency=latency), kernels, (0, 32768))
+        return next(choice for choice in plan if choice.name == "heads")
+
+    computed = heads(1e15, 0).seconds
+    balanced = 1e8 * heads(1e8, 0).seconds / computed  # sending takes as long, about
+    both = heads(balanced, 0)
+    assert both.parts > 1
+    assert computed < both.seconds < 1.45 * computed
+    assert heads(balanced, 1.0).parts == 1

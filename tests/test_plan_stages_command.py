@@ -50,8 +50,8 @@ def test_json_and_the_plan_that_is_kept(capsys: pytest.CaptureFixture[str], tmp_
     assert code == 0
     plan = read_plan(StagePlan, kept)
     drawn = draw_stages(plan)
-    assert drawn.count("</rect>") == 3 * 9  # a cell for either dim and a bar, of the first stages
-    assert "the first 9 of 56 stages" in drawn and "switch time to space" in drawn
+    assert drawn.count('rx="4"') == 2 * 9  # a cell for either dim of the first stages
+    assert "the first 9 of 56 stages" in drawn
     found = json.loads(out)
     assert found["sent_bytes"] == plan.sent_bytes
     assert len(found["stages"]) == len(plan.stages) == 56
@@ -65,6 +65,15 @@ def test_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert stages[0].sizes["space"] == 32 and stages[1].sizes["space"] == 64
     assert stages[1].flops == 1e9 and not stages[1].heads
     assert told(capsys, str(path), "--ranks", "4")[0] == 0
+    # A graph: the third stage takes two results, the fourth what comes from outside.
+    joined = (
+        "  - {name: c, mixes: [time], after: [a, b]}\n  - {name: d, mixes: [time], after: []}\n"
+    )
+    path.write_text(SHORT + joined + "repeat: 2\n")
+    stages = read_stages(path).build()
+    assert stages[6].after == ("a.1", "b.1") and stages[7].after == () and stages[4].after is None
+    code, out, _ = told(capsys, str(path), "--ranks", "4", "--json")
+    assert code == 0 and json.loads(out)["stages"][6]["after"] == ["a.1", "b.1"]
 
 
 @pytest.mark.parametrize(

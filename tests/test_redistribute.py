@@ -147,7 +147,7 @@ shapes = st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple)
 placements = st.sampled_from([Replicate(), Partial()])
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(st.data(), shapes, st.integers(1, 4), placements)
 def test_every_row(
     ranks: Ranks, data: st.DataObject, shape: tuple[int, ...], world: int, grad: Placement
@@ -156,7 +156,7 @@ def test_every_row(
     assert_exact(ranks, {"sp": world}, shape, src, dst, {"sp": grad})
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(st.data(), shapes, placements, placements)
 def test_two_axes(
     ranks: Ranks, data: st.DataObject, shape: tuple[int, ...], first: Placement, second: Placement
@@ -172,7 +172,7 @@ def eight() -> Iterator[Ranks]:
     started.stop()
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.data(), shapes, st.sampled_from([(5,), (6,), (7,), (8,), (2, 4), (4, 2)]), placements)
 def test_up_to_eight_ranks(
     eight: Ranks,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
+from random import Random
 from typing import Any
 
 import pytest
@@ -247,8 +248,103 @@ def test_the_known_ways_send_what_they_are_priced_for(ranks: Ranks, inside: str)
     assert [one - out * 3 // 4 for one, out in sent] == [priced.sent[rank] for rank in range(4)]
 
 
+class Mix(nn.Module):
+    """Brings the places of one dim of (batch, time, sensor, channel) together, gated by another."""
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.dim, self.weight = dim, nn.Parameter(torch.randn(size, size, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        x = x if gate is None else x * gate.tanh()
+        mixed: torch.Tensor = (self.weight @ x.movedim(self.dim, -2)).movedim(-2, self.dim)
+        return x + mixed
+
+
+# A graph with skips, a stage that takes what comes from outside again, and two that leave.
+GRAPH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "a": ("sensor", ()),
+    "b": ("time", ("a",)),
+    "c": ("sensor", ("a",)),
+    "d": ("time", ("b", "c")),
+    "e": ("sensor", ()),
+    "f": ("time", ("d", "a")),
+    "g": ("sensor", ("e", "b")),
+}
+
+
+class Graph(nn.Module):
+    def __init__(self, times: int, sensors: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.start = nn.Linear(2, 4).double()
+        for name, (dim, _) in GRAPH.items():
+            setattr(self, name, Mix(*((sensors, 2) if dim == "sensor" else (times, 1))))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: dict[str, torch.Tensor] = {}
+        x = self.start(x)
+        for name, (_, after) in GRAPH.items():
+            made[name] = self.get_submodule(name)(*([made[one] for one in after] or [x]))
+        return made["f"] * made["g"]
+
+
+def graph_stages(times: int, sensors: int) -> list[Stage]:
+    sizes = {"batch": 3, "time": times, "sensor": sensors, "channel": 4}
+    return [
+        Stage(name, sizes, (dim,), flops=1e9, dtype="float64", after=after)
+        for name, (dim, after) in GRAPH.items()
+    ]
+
+
+def graph_on_ranks(line: DeviceMesh, times: int, sensors: int, plan: StagePlan, chunks: int) -> int:
+    """Asserts that it is what one process finds; bytes that this rank sent."""
+    mesh = line if len(plan.axes) == 1 else grid(*plan.axes.values())
+    model, x = Graph(times, sensors), torch.randn(3, times, sensors, 2, dtype=torch.float64)
+    words = "batch time sensor channel"
+    sees = {
+        name: Sees(words, joins={"gate": words} if len(after) == 2 else {})
+        for name, (_, after) in GRAPH.items()
+    }
+    alone = [loss_and_grads(model, {"x": x[:some]}) for some in (3, 2)]
+    ends = Outside(inputs={"x": words}, result=words)
+    hooked = parallelize_stages(model, plan, mesh, sees, outside=ends, chunks=chunks)
+    sent = []
+    for some, (loss, grads) in zip((3, 2), alone, strict=True):
+        with CountBytes() as count:
+            found, found_grads = loss_and_grads(model, {"x": x[:some]})
+        sent.append(count.total_sent)
+        sum_gradients(model, mesh)
+        assert torch.allclose(found, loss, rtol=1e-9)
+        for name, grad in grads.items():
+            assert torch.allclose(found_grads[name], grad, rtol=1e-9, atol=1e-11), name
+    hooked.remove()
+    return sent[0]
+
+
+@pytest.mark.parametrize("axes", [{"sp": 4}, {"sp_inter": 2, "sp_intra": 2}])
+def test_a_graph_as_planned_to_the_byte(ranks: Ranks, axes: dict[str, int]) -> None:
+    plan = planned(graph_stages(8, 12), axes=axes)
+    gathered = 3 * 8 * 12 * 4 * 8 * 3 // 4 if None not in plan.outside else 0
+    sent = ranks.run(graph_on_ranks, 8, 12, plan, 1)
+    assert max(sent) - gathered == plan.sent_bytes > 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_graph_in_any_layouts(ranks: Ranks, seed: int) -> None:
+    times, sensors = [(6, 9), (7, 3)][seed % 2]
+    plan, choose = planned(graph_stages(times, sensors), axes={"sp": 4}), Random(seed)
+    rows = tuple(
+        replace(row, sharded=(choose.choice([None, *({"time", "sensor"} - {*row.mixes})]),))
+        for row in plan.stages
+    )
+    plan = replace(plan, stages=rows, outside=(choose.choice(["time", "sensor", None]),))
+    ranks.run(graph_on_ranks, times, sensors, plan, 1 + seed // 4)
+
+
 def refusals(mesh: DeviceMesh, plan: StagePlan) -> None:
     model, inputs = forecaster(8, 12)
+    join = Sees("batch time sensor channel", joins={"skip": "batch time sensor channel"})
     for change, told, error, match in (
         ({"axes": {"sp": 3}}, {}, LayoutError, "the plan is for a mesh of"),
         ({}, {"sees": {}}, ModelError, "nothing says how stage 'over_sensors.0'"),
@@ -256,7 +352,8 @@ def refusals(mesh: DeviceMesh, plan: StagePlan) -> None:
         ({}, {"outside": Outside(inputs={"x": "a"})}, ModelError, "no argument 'x'"),
         ({}, {"outside": Outside(state={"x": "a"})}, ModelError, "no parameter or buffer 'x'"),
         ({}, {"chunks": 0}, ModelError, "0 chunks"),
-        ({"stages": plan.stages[1:]}, {}, ModelError, "no chain"),
+        ({"stages": plan.stages[1:]}, {}, ModelError, "'over_sensors.0''s result, which isn't"),
+        ({}, {"sees": {"*": join}}, ModelError, "takes 1 results, and its first argument"),
         ({"stages": (replace(plan.stages[0], name="x"),)}, {}, ModelError, "no module 'x'"),
     ):
         with pytest.raises(error, match=match):

@@ -74,6 +74,13 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
+def train(config: Path, *changes: str) -> None:
+    """As the command does it, in this process: its ranks' imports are made once for all tests."""
+    with pytest.raises(SystemExit) as end:
+        main(["train", str(config), "--nproc", "2", *(f"--set={change}" for change in changes)])
+    assert end.value.code == 0
+
+
 def losses(runs: Path) -> list[tuple[int, float]]:
     return curve(read_trace(runs / "run" / "trace.jsonl"), "loss")
 
@@ -91,8 +98,7 @@ def wait_for_step(runs: Path, step: int) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("undisturbed")
-    done = run(command(write(runs, settings(documents, runs))))
-    assert done.returncode == 0, done.stderr
+    train(write(runs, settings(documents, runs)))
     return runs
 
 
@@ -115,8 +121,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
 def test_balanced_documents_are_exact_and_even(documents: Path, tmp_path: Path) -> None:
     changes = {"parallel": {"order": "balanced"}, "checks": {"exactness": True}}
     config = write(tmp_path, settings(documents, tmp_path, **changes))
-    done = run([*command(config), "--set", "train.steps=2"])
-    assert done.returncode == 0, done.stderr
+    train(config, "train.steps=2")
     rows = list(read_trace(tmp_path / "run" / "trace.jsonl"))
     (found,) = (row.about for row in rows if isinstance(row, Note) and row.kind == "exactness")
     assert found["gradient_difference"] < 1e-4
@@ -129,17 +134,15 @@ def test_recomputed_activations_change_nothing(
     documents: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     config = write(tmp_path, settings(documents, tmp_path))
-    done = run([*command(config), "--set", "train.checkpointing=full"])
-    assert done.returncode == 0, done.stderr
+    train(config, "train.checkpointing=full")
     assert losses(tmp_path) == losses(undisturbed)
 
 
 @pytest.mark.slow
 def test_in_bfloat16_gradients_are_one_process(documents: Path, tmp_path: Path) -> None:
-    train = {"steps": 2, "dtype": "bfloat16", "checkpointing": "selective"}
-    config = write(tmp_path, settings(documents, tmp_path, train=train, checks={"exactness": True}))
-    done = run(command(config))
-    assert done.returncode == 0, done.stderr
+    about = {"steps": 2, "dtype": "bfloat16", "checkpointing": "selective"}
+    config = write(tmp_path, settings(documents, tmp_path, train=about, checks={"exactness": True}))
+    train(config)
     assert [step for step, _ in losses(tmp_path)] == [1, 2]
 
 

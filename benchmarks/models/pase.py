@@ -17,18 +17,24 @@ from torch import nn
 from benchmarks.models.inputs import build, tokens
 from benchmarks.models.rnnlm import Rnnlm
 from benchmarks.models.transformer import Transformer
+from longspan.cluster.cost import seconds as op_seconds
 from longspan.planner.choices import Choice, given_codes
 from longspan.planner.graph import Graph, Layer
+from longspan.planner.layer_wires import PARTIAL, REPLICATE
 from longspan.planner.price import Prices
+from longspan.schedule.ops import Compute
 
-__all__ = ["DEVICES", "LENGTH", "as_run", "data_parallel", "found", "program", "seconds"]
+__all__ = ["DEVICES", "LENGTHS", "as_run", "data_parallel", "found", "program", "seconds"]
 
 DEVICES = (4, 8, 16, 32, 64)
-LENGTH = 256  # of sequences, by default
+# Of sequences: RNNLM's in the graph that was searched (graph.py), and the program's default.
+LENGTHS = {"rnnlm": 64, "transformer": 256}
+_LSTM_LAYERS = 2
 # The axes of the mesh of each, for 4, 8, 16, 32 and 64 devices.
 _AXES = {
     "alexnet": ((4, 1), (4, 2), (8, 2), (8, 4), (8, 8)),
     "inception": ((4, 1), (4, 2), (8, 2), (16, 2), (32, 2)),
+    "rnnlm": ((2, 2), (4, 2), (4, 4), (8, 4), (8, 8)),
     "transformer": ((4, 1), (8, 1), (8, 2), (16, 2), (16, 4)),
     "transformer's vocabulary": ((2, 2), (2, 4), (2, 8), (4, 8), (4, 16)),
 }
@@ -37,8 +43,9 @@ Pair = tuple[str | None, str | None]  # the dims that the mesh's axes split
 Rule = Callable[[Layer], Choice]
 
 
-def program(name: str, length: int = LENGTH) -> tuple[nn.Module, Any]:
+def program(name: str, length: int | None = None) -> tuple[nn.Module, Any]:
     """A model and its inputs, as the program of that name has them."""
+    length = length or LENGTHS.get(name, 1)
     with torch.device("meta"):
         if name == "transformer":
             return Transformer(heads=8, length=length), tokens(3, 64, length)
@@ -70,11 +77,7 @@ def data_parallel(devices: int) -> Rule:
 
 
 def found(name: str, devices: int) -> Rule:
-    """What PaSE's search found, as its program has it.
-
-    RNNLM's two recurrent layers each ran on half of the devices; here both split the batch over
-    all of them.
-    """
+    """What PaSE's search found, as its program has it."""
     place = DEVICES.index(devices)
     axes = _AXES[name][place] if name in _AXES else (devices, 1)
 
@@ -117,9 +120,11 @@ def _inception(layer: Layer) -> Pair | None:
 
 
 def _rnnlm(layer: Layer) -> Pair | None:
-    if layer.kind in ("embedding", "loss"):
-        return "vocab", None
-    return ("out", None) if layer.name == "output" else None
+    if layer.kind == "recurrent":  # in a way of its own: ``_recurrent``
+        return None, None
+    if layer.kind == "embedding":
+        return "vocab", "out"
+    return ("vocab", "vocab") if layer.kind == "loss" else ("out", "out")
 
 
 def _transformer(layer: Layer) -> Pair | None:
@@ -144,6 +149,28 @@ _PAIRS: Mapping[str, Callable[[Layer], Pair | None]] = {
 }
 
 
+def _recurrent(layer: Layer, prices: Prices) -> float:
+    """Seconds of RNNLM's LSTM, whose gates the first axes split and whose inputs the others.
+
+    Both layers do so at every time step: their gates are summed, and the new state is gathered;
+    the gradients go the same way back.
+    """
+    devices = prod(prices.sizes)
+    gates, inputs = (int(log2(n)) for n in _AXES["rnnlm"][DEVICES.index(devices)])
+    flops, moved = layer.flops / devices, layer.bytes / devices
+    computing = sum(
+        op_seconds(Compute(layer.rate, times * flops, times * moved, layer.dtype), prices.cluster)
+        for times in (1, 2)
+    )
+    batch, length, units = layer.output.shape
+    state = batch * units * layer.output.itemsize
+    cut, whole = (1,) * gates + (REPLICATE,) * inputs, (REPLICATE,) * (gates + inputs)
+    sums, sums_each = prices.moves.price((1,) * gates + (PARTIAL,) * inputs, cut)
+    gathers, gathers_each = prices.moves.price(cut, whole)
+    step = sums + 4 * state * sums_each + gathers + state * gathers_each
+    return computing + 2 * _LSTM_LAYERS * length * step
+
+
 @dataclass(frozen=True)
 class _Move:
     source: int
@@ -155,8 +182,11 @@ def seconds(graph: Graph, prices: Prices, rule: Rule) -> float:
     made = [rule(layer) for layer in graph.layers]
     total, moved = 0.0, set()
     for layer, choice in zip(graph.layers, made, strict=True):
-        now, later, _ = prices.layer(layer, choice)
-        total += float(now[0]) + float(later[0])
+        if layer.kind == "recurrent" and not any(choice.dims):
+            total += _recurrent(layer, prices)
+        else:
+            now, later, _ = prices.layer(layer, choice)
+            total += float(now[0]) + float(later[0])
         for operand in layer.inputs:
             if operand.source is None:
                 continue

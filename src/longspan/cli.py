@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -119,17 +120,16 @@ def train(
     from longspan.train.launch import default_nproc, launch, prepare, within_torchrun
 
     settings = load_config(config, tuple(change or ()))
-    if within_torchrun():
-        from longspan.train.worker import leave, run_worker
-
-        leave(run_worker(settings))
-    prepare()
+    if not within_torchrun():
+        prepare()
     from longspan.train.inspect import inspect
+    from longspan.train.worker import leave, run_worker
 
+    if within_torchrun():
+        leave(run_worker(settings))
     processes = nproc or default_nproc()
     inspect(settings, processes, processes)
-    changes = [f"--set={one}" for one in change or ()]
-    code = launch(("train", str(config), *changes), processes)
+    code = launch(partial(run_worker, settings), processes)
     if code == 1:
         print("the same command goes on from the last checkpoint", file=sys.stderr)
     raise typer.Exit(code)
@@ -153,16 +153,17 @@ def probe(
 
     Start it by itself with --nproc, or on all machines as ``torchrun … -m longspan probe``.
     """
-    from longspan.train.launch import default_nproc, launch, within_torchrun
+    from longspan.train.launch import default_nproc, launch, prepare, within_torchrun
 
-    kept = trace or out.with_suffix(".jsonl")
+    if not within_torchrun():
+        prepare()
+    from longspan.train.probe import run_probe
+    from longspan.train.worker import leave
+
+    work = partial(run_probe, out, trace or out.with_suffix(".jsonl"), site)
     if within_torchrun():
-        from longspan.train.probe import run_probe
-        from longspan.train.worker import leave
-
-        leave(run_probe(out, kept, site))
-    arguments = ("probe", f"--out={out}", f"--trace={kept}", f"--site={site}")
-    raise typer.Exit(launch(arguments, nproc or default_nproc()))
+        leave(work())
+    raise typer.Exit(launch(work, nproc or default_nproc()))
 
 
 @app.command()

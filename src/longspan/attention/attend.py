@@ -37,6 +37,7 @@ def attend(
     inside: Inside = "ring",
     travels: Travels | Literal["auto"] = "auto",
     grads_in: GradsIn = "float32",
+    parts: int | None = None,
     kept: Kept | None = None,
 ) -> Tensor:
     """Exact attention over a sequence whose tokens are sharded over ``mesh``.
@@ -62,7 +63,9 @@ def attend(
     around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes. ``grads_in``: the dtype that
     gradients travel in. They are added up in "float32" (float64 for float64) and travel so, too;
     in "compute", q's own, they are fewer bytes but are rounded at each of up to P-1 hops. A head
-    exchange's are always in q's. ``kept`` remembers a part of the result for when the same call is
+    exchange's are always in q's. ``parts``: in how many parts of the heads an exchange crosses, one
+    while another is attended; by default as many as leave large messages, one where a ring is
+    outside. ``kept`` remembers a part of the result for when the same call is
     made again to recompute activations.
 
     Raises LayoutError for tensors, mesh, order, window and documents that don't fit together, and
@@ -72,6 +75,8 @@ def attend(
     _check_ways(inside=(inside, Inside), grads_in=(grads_in, GradsIn))
     if travels != "auto":
         _check_ways(travels=(travels, Travels))
+    if parts is not None and parts < 1:
+        raise LayoutError(f"heads can't be exchanged in {parts} parts: use 1 or more, or None")
     order = Order.of(order)
     _check_shapes(q, k, v, sinks)
     if cu_seqlens is None:
@@ -109,7 +114,9 @@ def attend(
         return turn(q, k, v, sinks, ring, group, scale, travels, grads_in, kept)
 
     if inside == "heads":
-        return exchange_heads(*(q, k, v, sinks, mesh, order, documents, kv_documents), attend_here)
+        return exchange_heads(
+            *(q, k, v, sinks, mesh, order, documents, kv_documents, parts), attend_here
+        )
     node_ranks = mesh.size(1) if mesh.ndim == 2 else 0
     return attend_here(q, k, v, sinks, group, group.size(), node_ranks=node_ranks)
 

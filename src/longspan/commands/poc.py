@@ -1,7 +1,9 @@
 """The command ``longspan poc``."""
 
+import os
 import shlex
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,7 +33,6 @@ def poc(
     turns: Annotated[int, typer.Option(min=1, help="Runs of each, one after the other.")] = 6,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    told_above: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Measure the plan against the plain way, in turns, on the real cluster or in the lab.
 
@@ -47,28 +48,22 @@ def poc(
     if not within_torchrun():
         prepare()
     from longspan.train.poc import Criterion, Way, baseline_of, poc_folder, run_poc
-    from longspan.train.worker import guarded, leave
+    from longspan.train.worker import leave
 
     plain = load_config(baseline) if baseline else baseline_of(settings)
+    ways = Way(settings, str(config)), Way(plain, str(baseline or ""))
+    work = partial(run_poc, *ways, Criterion(minutes, criterion, predicted, turns))
     if within_torchrun():
-        ways = Way(settings, str(config)), Way(plain, str(baseline or ""))
-        found: list[Poc | None] = []
-        aims = Criterion(minutes, criterion, predicted, turns)
-        code = guarded(settings, lambda: found.append(run_poc(*ways, aims)))
-        if code or found[0] is None or told_above:
+        code = work()
+        if code or os.environ["RANK"] != "0":
             leave(code)
         try:
-            _tell(found[0], poc_folder(settings), as_json)
+            _tell(read_plan(Poc, poc_folder(settings) / "poc.json"), poc_folder(settings), as_json)
         except typer.Exit as exit_:
             leave(exit_.exit_code)
-    told = [f"--minutes={minutes}", f"--criterion={criterion}", f"--turns={turns}", "--told-above"]
-    told += [f"--predicted={predicted}"] if predicted else []
-    told += [f"--baseline={baseline}"] if baseline else []
-    code = launch(("poc", str(config), *told), nproc or default_nproc())
-    file = poc_folder(settings) / "poc.json"
-    if not file.is_file():
-        raise typer.Exit(code or 1)
-    _tell(read_plan(Poc, file), file.parent, as_json)
+    if code := launch(work, nproc or default_nproc()):
+        raise typer.Exit(code)
+    _tell(read_plan(Poc, poc_folder(settings) / "poc.json"), poc_folder(settings), as_json)
 
 
 def _tell(found: "Poc", folder: Path, as_json: bool) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from longspan.layout import layout_of
 from longspan.models.follow import aligned, call_of, results, whole
 from longspan.models.losses import loss
 from longspan.models.pieces import Cut, Field, Piece
+from longspan.models.placing import cut_of
 from longspan.plan import LayerChoice
 from longspan.schedule.splits import names
 from longspan.schedule.views import base
@@ -62,13 +62,16 @@ class Row:
     @cached_property
     def left(self) -> Cut:
         """How the plan leaves the output."""
-        placements = layout_of(self.choice.output).placements
-        return {axis: p.dim for axis, p in placements.items() if hasattr(p, "dim")}
+        return cut_of(self.choice.output)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole output, or of the first of several."""
+        return tuple(_value(self.node).shape)
 
     def done(self, x: Tensor, dims: Dims, bias: Piece | None = None) -> Piece:
         """The output of what ranks hold of it; dims that it lacks are summed over."""
-        shape = tuple(_value(self.node).shape)
-        cut = self.cut(dims)
+        shape, cut = self.shape, self.cut(dims)
         summed = [axis for axis in self.axes if axis not in cut]
         to = self.left
         piece = self.field.summed(x, shape, cut, summed, to)

@@ -21,7 +21,7 @@ from longspan.models.again import made_again
 from longspan.models.follow import follow, quickly
 from longspan.models.layer_ops import Row, run_call, run_group, run_layer
 from longspan.models.pieces import Field, Piece
-from longspan.models.placing import place
+from longspan.models.placing import cut_of, place
 from longspan.models.remake import Memory
 from longspan.plan import LayerPlan
 from longspan.schedule.exported import exported
@@ -171,6 +171,18 @@ class _Run:
                     f"layer {choice.name!r} ({choice.kind}) can't be split by {dim}: "
                     f"{barred.get(dim, 'it has no such dim')}; plan it anew"
                 )
+        weights = {path: self._module.get_parameter(path).shape for path in choice.weights}
+        batch = choice.splits.get("b", ())  # may be uneven
+        left = {a: at for a, at in row.left.items() if at and a not in batch}
+        shaped = [(left, row.shape)]
+        shaped += [(cut_of(choice.weights[path]), tuple(shape)) for path, shape in weights.items()]
+        for cut, shape in shaped:
+            for at in cut.values():
+                if shape[at] % (parts := self._field.parts(cut, at)):
+                    raise ModelError(
+                        f"layer {choice.name!r}: {shape[at]} can't be cut into {parts} equal "
+                        "parts: the plan is of another model, or of other inputs"
+                    )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module

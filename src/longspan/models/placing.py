@@ -1,5 +1,7 @@
 """Cuts a module's parameters as a plan of its layers has them."""
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -8,7 +10,7 @@ from longspan.models.pieces import Field, Piece
 from longspan.plan import LayerChoice, LayerPlan
 from longspan.schedule.keeping import kept_dim
 
-__all__ = ["place"]
+__all__ = ["cut_of", "place"]
 
 
 def place(module: nn.Module, plan: LayerPlan, field: Field) -> None:
@@ -35,9 +37,14 @@ def place(module: nn.Module, plan: LayerPlan, field: Field) -> None:
         module.get_submodule(owner).register_parameter(name, made[id(parameter)])
 
 
+def cut_of(words: Mapping[str, str]) -> dict[str, int]:
+    """The dim that each mesh axis shards, of placements as a plan writes them."""
+    placements = layout_of(words).placements
+    return {axis: p.dim for axis, p in placements.items() if isinstance(p, Shard)}
+
+
 def _cut(choice: LayerChoice, path: str, shape: tuple[int, ...], field: Field) -> dict[str, int]:
-    placements = layout_of(choice.weights[path]).placements
-    cut = {axis: p.dim for axis, p in placements.items() if isinstance(p, Shard)}
+    cut = cut_of(choice.weights[path])
     if choice.zero:
         names = list(field.axes)
         used = [axis for axes in choice.splits.values() for axis in axes]

@@ -1,7 +1,7 @@
 """The hooks that run a stage, and a whole model, in the layouts of a stage plan."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, cast
@@ -29,12 +29,15 @@ class Sees:
     """How a stage's module sees what it is called with; see ``Form``.
 
     ``tensor``: its first argument, and what it returns (or the first of what it returns).
-    ``along``: other arguments by name, which the model's own code makes from its shards; those of
-    their dims that a stage shards are cut with it. ``attention``: the submodule whose
+    ``joins``: arguments by name that are other stages' results: where a stage comes after several,
+    the first argument is the first one's, these are the next ones' in turn. ``along``: other
+    arguments by name, which the model's own code makes from its shards; those of their dims that a
+    stage shards are cut with it. ``attention``: the submodule whose
     ``scaled_dot_product_attention`` mixes the stage's dim, where it is sharded meanwhile.
     """
 
     tensor: str
+    joins: Mapping[str, str] = field(default_factory=dict)
     along: Mapping[str, str] = field(default_factory=dict)
     attention: str = ""
 
@@ -57,13 +60,16 @@ class Outside:
 
 @dataclass
 class StageHooks:
-    """A stage's hooks."""
+    """A stage's hooks; ``sources`` are the layouts that its arguments come in.
+
+    ``leaves``: no other stage takes its result, which goes back to the layout outside.
+    """
 
     row: StageRow
     mesh: DeviceMesh
     home: _Sharded
-    source: _Sharded
-    last: bool
+    sources: Sequence[_Sharded]
+    leaves: bool
     told: Sees
     signature: inspect.Signature
     sequence: frozenset[str]
@@ -75,8 +81,14 @@ class StageHooks:
     def __post_init__(self) -> None:
         self.form = Form.of(self.told.tensor)
         self.along = {name: Form.of(words) for name, words in self.told.along.items()}
-        self.first = next(iter(self.signature.parameters), "")
-        for name in self.along:
+        joins = {name: Form.of(words) for name, words in self.told.joins.items()}
+        self.takes = {next(iter(self.signature.parameters), ""): self.form} | joins
+        if len(self.takes) != len(self.sources):
+            raise ModelError(
+                f"stage {self.row.name!r} takes {len(self.sources)} results, and its first "
+                f"argument and joins are {len(self.takes)}"
+            )
+        for name in (*joins, *self.along):
             if name not in self.signature.parameters:
                 raise ModelError(f"stage {self.row.name!r} has no argument {name!r}")
 
@@ -100,42 +112,38 @@ class StageHooks:
         """Bring the arguments to the stage's layout; run all chunks but the last."""
         self.done.clear()
         bound = self.signature.bind(*args, **kwargs)
-        given = bound.arguments
-        x = self._unfold(self.form, given[self.first], self.source, "its tensor")
-        self.held = dict(zip(self.form.names, x.shape, strict=True))
+        self.held = {}
+        given, taken = bound.arguments, []
+        for (name, form), source in zip(self.takes.items(), self.sources, strict=True):
+            x = self._unfold(form, given[name], source, f"its {name}")
+            self.held = dict(zip(form.names, x.shape, strict=True)) | self.held
+            taken.append((form, x, source))
         others = {
             name: self._cut(name, form, given[name])
             for name, form in self.along.items()
             if isinstance(given.get(name), Tensor)
         }
-        pieces = [x]
-        if self.chunks > 1 and self.chunked in self.form.names:
-            at = self.form.names.index(self.chunked)
-            pieces = list(x.tensor_split(max(1, min(self.chunks, x.shape[at])), at))
-        arrived = redistribute_chunks(
-            pieces,
-            self._of(self.form, self.source),
-            self._of(self.form, self.row.sharded),
-            self.mesh,
-            length=self._lengths(self.form),
-            grad=Partial(),
-            sums=False,
-        )
-        for number, piece in enumerate(arrived):
-            self.held = dict(zip(self.form.names, piece.shape, strict=True))
-            given[self.first] = self.form.fold(piece)
+        count = 1
+        if all(self.chunked in form.names for form in self.takes.values()):
+            count = max(1, min(self.chunks, self.held[self.chunked]))
+        arriving = zip(*(self._moved(count, *one) for one in taken), strict=True)
+        for number, pieces in enumerate(arriving):
+            self.held = dict(zip(self.form.names, pieces[0].shape, strict=True))
+            for (name, form), piece in zip(self.takes.items(), pieces, strict=True):
+                given[name] = form.fold(piece)
             for name, other in others.items():
-                given[name] = self._piece(self.along[name], other, number, len(pieces))
-            if number < len(pieces) - 1:
+                form = self.along[name]
+                given[name] = form.fold(self._pieces(form, other, count)[number])
+            if number < count - 1:
                 self._finish(module.forward(*bound.args, **bound.kwargs))
         return bound.args, bound.kwargs
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> Any:
-        """Join the chunks; after the last stage, bring the result back."""
+        """Join the chunks; bring what no other stage takes back."""
         self._finish(out)
         parts = [one.wait() if isinstance(one, Moving) else one for one in self.done]
         self.done.clear()
-        if len(parts) == 1 and not self.last:
+        if len(parts) == 1 and not self.leaves:
             return out
         at = self.form.names.index(self.chunked) if len(parts) > 1 else 0
         whole = self.form.fold(torch.cat(parts, at) if len(parts) > 1 else parts[0])
@@ -144,7 +152,7 @@ class StageHooks:
     def _finish(self, out: Any) -> None:
         y = _first(out)
         y = self.form.unfold(y, self.held, f"stage {self.row.name!r}: its result")
-        if not self.last:
+        if not self.leaves:
             self.done.append(y)
             return
         here, home = self._of(self.form, self.row.sharded), self._of(self.form, self.home)
@@ -154,6 +162,19 @@ class StageHooks:
         )
         self.done.append(moving)
 
+    def _moved(self, count: int, form: Form, x: Tensor, source: _Sharded) -> Iterator[Tensor]:
+        """A result in the stage's layout, in pieces, which all set off at once."""
+        return redistribute_chunks(
+            self._pieces(form, x, count),
+            self._of(form, source),
+            self._of(form, self.row.sharded),
+            self.mesh,
+            length=self._lengths(form, source),
+            grad=Partial(),
+            sums=False,
+            ahead=count,
+        )
+
     def _cut(self, name: str, form: Form, x: Tensor) -> Tensor:
         """An argument that comes along, unfolded in the stage's layout."""
         x = self._unfold(form, x, self.home, f"its {name}")
@@ -162,19 +183,24 @@ class StageHooks:
             x, src, dst, self.mesh, length=self._lengths(form), grad=Partial(), sums=False
         )
 
-    def _piece(self, form: Form, x: Tensor, number: int, count: int) -> Tensor:
-        if count > 1 and self.chunked in form.names:
-            x = x.tensor_split(count, form.names.index(self.chunked))[number]
-        return form.fold(x)
+    def _pieces(self, form: Form, x: Tensor, count: int) -> Sequence[Tensor]:
+        """Of the chunked dim; a tensor without it is whole in each."""
+        if count == 1 or self.chunked not in form.names:
+            return [x] * count
+        at = form.names.index(self.chunked)
+        size, more = divmod(x.shape[at], count)
+        pieces: Sequence[Tensor] = x.split([size + (number < more) for number in range(count)], at)
+        return pieces
 
     def _of(self, form: Form, sharded: _Sharded) -> Layout:
         return _layout(self.mesh, sharded, form.names)
 
-    def _lengths(self, form: Form) -> dict[int, int]:
+    def _lengths(self, form: Form, *sources: _Sharded) -> dict[int, int]:
+        sharded = {name for one in (self.home, self.row.sharded, *sources) for name in one}
         return {
             at: self.row.sizes[name]
             for at, name in enumerate(form.names)
-            if name in self.row.sizes and name in (*self.home, *self.source, *self.row.sharded)
+            if name in self.row.sizes and name in sharded
         }
 
     def _unfold(self, form: Form, x: Tensor, sharded: _Sharded, what: str) -> Tensor:

@@ -7,7 +7,7 @@ sum is the gradient (``sum_gradients``, or what the data-parallel wrapper sums).
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -50,13 +50,15 @@ def parallelize_stages(
     """Let ``model`` run its stages, which are modules by their names in it, as ``plan`` says.
 
     ``sees``: for module names (with ``*``), how they see their tensors. With ``chunks`` a stage
-    runs in so many pieces of the dim ``chunked``, and while one is computed the next one's switch
-    is under way. The mesh's axes are the plan's. Tensors have the plan's sizes, but for dims that
+    runs in so many pieces of the dim ``chunked``, and while one is computed the next ones' switches
+    are under way. The mesh's axes are the plan's. Tensors have the plan's sizes, but for dims that
     are never sharded. Where ``outside`` names a result, every rank's loss is of all of it; else
     divide it by the ranks that hold the same, if there are any.
 
-    Raises ModelError if a stage is no module, or none of ``sees`` fits it, or the stages are no
-    chain; LayoutError if the mesh isn't the plan's.
+    A stage that comes after several takes each one's result as an argument (``Sees.joins``).
+
+    Raises ModelError if a stage is no module, none of ``sees`` fits it, or it takes what isn't
+    there; LayoutError if the mesh isn't the plan's.
     """
     axes = {name: mesh.size(axis) for axis, name in enumerate(mesh.mesh_dim_names or ())}
     if axes != plan.axes:
@@ -67,17 +69,18 @@ def parallelize_stages(
     sequence = {dim for row in plan.stages for dim in (*row.mixes, *row.sharded) if dim}
     sequence |= {dim for dim in plan.outside if dim}
     sizes = {dim: size for row in plan.stages for dim, size in row.sizes.items() if dim in sequence}
+    taken = {name for row in plan.stages for name in row.after}
+    made: dict[str, tuple[str | None, ...]] = {}  # the layouts of the stages' results
     hooked = Parallelized([])
     try:
-        before: StageRow | None = None
         for row in plan.stages:
-            told = _told(row, before, modules, sees)
+            told = _told(row, made, modules, sees)
             stage = StageHooks(
                 row=row,
                 mesh=mesh,
                 home=plan.outside,
-                source=before.sharded if before else plan.outside,
-                last=row is plan.stages[-1],
+                sources=[made[name] for name in row.after] or [plan.outside],
+                leaves=row.name not in taken,
                 told=told,
                 signature=inspect.signature(modules[row.name].forward),
                 sequence=frozenset(sequence),
@@ -85,14 +88,14 @@ def parallelize_stages(
                 chunked=chunked,
             )
             hooked.handles += stage.attach(modules[row.name])
-            before = row
+            made[row.name] = row.sharded
         ends = EndHooks(
             mesh=mesh,
             home=plan.outside,
             sizes=sizes,
             told=outside or Outside(),
             signature=inspect.signature(model.forward),
-            leaves={row.name: row.sharded for row in plan.stages[:-1]},
+            leaves={name: made[name] for name in taken},
         )
         hooked.handles += ends.attach(model)
     except ModelError:
@@ -103,12 +106,12 @@ def parallelize_stages(
 
 def _told(
     row: StageRow,
-    before: StageRow | None,
+    made: Iterable[str],
     modules: Mapping[str, nn.Module],
     sees: Mapping[str, Sees],
 ) -> Sees:
-    if row.after != (() if before is None else (before.name,)):
-        raise ModelError(f"stage {row.name!r} isn't right after the one before: no chain")
+    if missing := [name for name in row.after if name not in made]:
+        raise ModelError(f"stage {row.name!r} takes {missing[0]!r}'s result, which isn't before it")
     if row.name not in modules:
         raise ModelError(f"the model has no module {row.name!r}, which is a stage of the plan")
     told = next((one for name, one in sees.items() if fnmatchcase(row.name, name)), None)

@@ -5,7 +5,7 @@ exchange among all ranks or among a few, with a ring between those.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,7 +27,8 @@ class AttentionChoice:
     """A way to attend, and what it is foretold to take.
 
     ``mesh``: the sizes of the axes that ``attend`` is to be given, over the ranks in their order;
-    ``inside``, ``travels`` (what is fewer bytes) and ``order``: its arguments of those names.
+    ``inside``, ``travels`` (what is fewer bytes), ``parts`` (of a head exchange) and ``order``: its
+    arguments of those names.
     Seconds of forward and of backward; bytes that the busiest rank sends in both, and that the
     busiest node sends to others.
     """
@@ -36,6 +37,7 @@ class AttentionChoice:
     mesh: tuple[int, ...]
     inside: Literal["ring", "heads"]
     travels: Travels
+    parts: int
     order: Order
     forward_s: float
     backward_s: float
@@ -74,7 +76,8 @@ def plan_attention(
     found: list[AttentionChoice] = []
     for order in map(Order.of, orders):
         pricer = Pricer(cluster, ranks, kernels, tuple(documents), order, causal, window)
-        found += [_priced(pricer, way) for way in _ways(len(ranks), _ranks_of_node(cluster, ranks))]
+        for way in _ways(len(ranks), _ranks_of_node(cluster, ranks)):
+            found.append(_priced(pricer, way, pricer.cuts(way)))
     alike = min(choice.seconds for choice in found) * _ALIKE
     return sorted(
         found,
@@ -107,8 +110,9 @@ def price_attention(
     pricer = Pricer(
         *(cluster, tuple(ranks), kernels, tuple(documents), Order.of(order), True, window)
     )
-    ring = inside == "ring"
-    return _priced(pricer, Way("flat ring", len(ranks), 1) if ring else Way("heads", 1, len(ranks)))
+    world = len(ranks)
+    way = Way("flat ring", world, 1) if inside == "ring" else Way("heads", 1, world)
+    return _priced(pricer, way, pricer.cuts(way)[-1:])
 
 
 def _ranks_of_node(cluster: Cluster, ranks: Sequence[int]) -> int:
@@ -132,15 +136,22 @@ def _ways(world: int, node: int) -> Iterable[Way]:
             yield Way("hybrid", world // width, width)
 
 
-def _priced(pricer: Pricer, way: Way) -> AttentionChoice:
-    exchanged, travels = pricer.exchange(way), pricer.travels(way)
-    forward, backward = pricer.ring(way, False, "kv"), pricer.ring(way, True, travels)
-    return AttentionChoice(
-        *(way.name, way.mesh, "heads" if way.width > 1 else "ring", travels, pricer.order),
-        exchanged.seconds / 2 + forward.seconds,
-        exchanged.seconds / 2 + backward.seconds,
-        *_busiest(pricer.cluster, exchanged.sends + forward.sends + backward.sends),
-    )
+def _priced(pricer: Pricer, way: Way, cuts: Sequence[int]) -> AttentionChoice:
+    """In the number of parts that is the quickest, of these."""
+    travels = pricer.travels(way)
+    rings = [(False, pricer.ring(way, False, "kv")), (True, pricer.ring(way, True, travels))]
+    found: list[AttentionChoice] = []
+    for parts in cuts:
+        split = replace(way, parts=parts)
+        forward, backward = (pricer.seconds(split, back, ring) for back, ring in rings)
+        found.append(
+            AttentionChoice(
+                *(way.name, way.mesh, "heads" if way.width > 1 else "ring", travels, parts),
+                *(pricer.order, forward.seconds, backward.seconds),
+                *_busiest(pricer.cluster, forward.sends + backward.sends),
+            )
+        )
+    return min(found, key=lambda choice: choice.seconds)
 
 
 def _busiest(cluster: Cluster, sends: Sequence[Send]) -> tuple[int, int]:

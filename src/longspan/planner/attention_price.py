@@ -2,15 +2,15 @@
 
 A ring's rounds are played: what is sent sets off when its round begins, or if it is a gradient when
 it ends, and waits for what was sent before it; a round waits for what it needs. What a double ring
-sends inside nodes and between them doesn't wait for each other. What a rank sends and receives in a
-round takes from its computing, where the device does both. A head exchange and its computation come
-one after the other.
+sends inside nodes and between them doesn't wait for each other. A head exchange's parts set off one
+after another; each is computed when it is there, and goes home while the next one is. What a rank
+sends and receives meanwhile takes from its computing, where the device does both.
 """
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import accumulate, chain, pairwise, product
 from math import gcd
 from typing import Literal, NamedTuple
 
@@ -19,8 +19,8 @@ import numpy as np
 from longspan.cluster.cost import seconds
 from longspan.cluster.spec import Cluster
 from longspan.layout import Order, local_length
-from longspan.schedule.heads import HeadShares, exchange_op
-from longspan.schedule.ops import Comm, Compute
+from longspan.schedule.heads import GPU_ROWS, HeadShares, trips
+from longspan.schedule.ops import Compute
 from longspan.schedule.ring import Block, Ring
 from longspan.schedule.ring_tasks import AttentionKernels
 from longspan.schedule.rounds import Round, Travels, cheapest, rounds, turns
@@ -41,12 +41,13 @@ class Send(NamedTuple):
 
 @dataclass(frozen=True)
 class Way:
-    """A ring of ``places``, each of ``width`` ranks that exchange heads."""
+    """A ring of ``places``, each of ``width`` ranks that exchange heads, in so many parts."""
 
     name: WayName
     places: int
     width: int
     node_ranks: int = 0
+    parts: int = 1
 
     @property
     def mesh(self) -> tuple[int, ...]:
@@ -88,6 +89,15 @@ class Step:
     needs: set[Came] = field(default_factory=set)
 
 
+def _in_turn(there: Sequence[float], computed: Sequence[float], home: Sequence[float]) -> float:
+    """Seconds of parts that set off one after another, are computed, and go home meanwhile."""
+    wire, clock = sum(there), 0.0
+    for came, work, back in zip(accumulate(there), computed, home, strict=True):
+        clock = max(clock, came) + work
+        wire = max(wire, clock) + back
+    return max(clock, wire)
+
+
 @dataclass(frozen=True)
 class Pricer:
     """One sequence in one order on some ranks of a cluster."""
@@ -110,38 +120,48 @@ class Pricer:
         """Latency and transfer of messages that are known already."""
         return {}
 
-    def exchange(self, way: Way) -> Priced:
-        """All head exchanges: queries, keys and values in, results out, and their gradients."""
+    def cuts(self, way: Way) -> list[int]:
+        """In how many parts the heads may be exchanged."""
+        if way.width == 1 or way.places > 1:
+            return [1]
+        shares = HeadShares(self.kernels.heads, self.kernels.kv_heads, way.width)
+        cpu = any(self.cluster.kinds[rank].startswith("cpu") for rank in self.ranks)
+        rows = 1 if cpu else GPU_ROWS
+        return shares.cuts(self.documents[-1] // way.width, *self._head_bytes, rows)
+
+    @property
+    def _head_bytes(self) -> tuple[int, int]:
+        """Of a token of one head: its query, and its key and value."""
+        size = self.kernels.head_dim * self.kernels.dtype_bytes
+        return size, 2 * size
+
+    def seconds(self, way: Way, backward: bool, ring: Priced) -> Priced:
+        """A ring or, in its parts, what is computed by itself, with the exchanges around it."""
         if way.width == 1:
-            return Priced(0.0, [])
+            return ring
         k, length, world = self.kernels, self.documents[-1], len(self.ranks)
-        shares = HeadShares(k.heads, k.kv_heads, way.width)
-        q_shares, kv_shares = ([of(r) for r in range(way.width)] for of in (shares.q, shares.kv))
-        token_bytes = k.head_dim * k.dtype_bytes
-        slowest, sends = 0.0, []
+        shares = HeadShares(k.heads, k.kv_heads, way.width, way.parts)
+        slowest, sends = 0.0, list(ring.sends)
         for place in range(way.places):
             members = range(place * way.width, (place + 1) * way.width)
             counts = [
                 local_length(length, rank, world, self.order, self.documents) for rank in members
             ]
             group = [self.ranks[rank] for rank in members]
-            out = exchange_op(counts, q_shares, token_bytes, group)
-            kv = exchange_op(counts, kv_shares, 2 * token_bytes, group)
-            to_heads = tuple(a + b for a, b in zip(out.sizes, kv.sizes, strict=True))
-            back = [tuple(np.array(s).reshape((way.width,) * 2).T.ravel().tolist())
-                    for s in (out.sizes, to_heads)]  # fmt: skip
-            # Queries, keys and values go as one, and so do their gradients.
-            every = [to_heads, back[0], out.sizes, back[1]]
-            ops = [Comm("all_to_all", out.ranks, sizes) for sizes in every]
+            every = trips(shares, counts, *self._head_bytes, group, backward)
             # What is sent is packed, and what has come unpacked: read and written each time.
-            copied = 4 * max(sum(sizes) for sizes in every) / way.width
-            packing = [Compute("elementwise", 0, copied, k.dtype)] * len(ops)
-            took = sum(seconds(op, self.cluster) for op in ops)
-            took += sum(seconds(op, self.cluster, group) for op in packing)
-            slowest = max(slowest, took)
+            packing = [
+                Compute("elementwise", 0, 4 * sum(map(sum, sizes)) / way.width, k.dtype)
+                for sizes in ((there.sizes, home.sizes) for there, home in every)
+            ]
+            took = {op: seconds(op, self.cluster, group) for op in {*packing}}
+            wired = {op: seconds(op, self.cluster) for op in {*chain.from_iterable(every)}}
+            there, home = ([wired[op] for op in ops] for ops in zip(*every, strict=True))
+            computed = [ring.seconds / way.parts + took[op] for op in packing]
+            slowest = max(slowest, _in_turn(there, computed, home))
+            total = np.array([op.sizes for ops in every for op in ops]).sum(0)
             for i, j in product(range(way.width), repeat=2):
-                size = sum(sizes[i * way.width + j] for sizes in every)
-                if i != j and size:
+                if i != j and (size := int(total[i * way.width + j])):
                     sends.append(Send(group[i], group[j], size))
         return Priced(slowest, sends)
 

@@ -16,8 +16,8 @@ from longspan.cluster.memory import Checkpointing, Transformer
 from longspan.cluster.spec import Cluster
 from longspan.errors import ConfigError, MemoryLimitError
 from longspan.plan import BatchPlan, Group, MicroBatch
+from longspan.planner.alone import Batch
 from longspan.planner.bound import lower_bound
-from longspan.planner.pack import Batch
 from longspan.planner.prices import Ints, Prices, Sharding
 from longspan.planner.search import search, total_s
 from longspan.planner.teams import Shelf, Team, place
@@ -126,20 +126,25 @@ def _best(
     if bound >= under_s:
         return None
     held = max(longest if longest and mode == "static" else 0, int(batch.tokens[0]))
-    sizes = _degrees(prices, held)
+    sizes = _degrees(prices, held) if mode != "flexible" or batch.small else []
     if mode == "static":
         sizes = sizes[:1]
     if mode != "flexible" and not sizes:
         raise MemoryLimitError(_too_long(None, held, prices))
-    # In a small batch one degree is tried beside the others: no mode is better than flexible.
+    # One degree in a small batch, and powers of two where not all sizes are, are tried as well: no
+    # mode is better than flexible, and no choice of sizes than any.
     tried = [replace(batch, only=size) for size in sizes if mode != "flexible" or batch.small]
     if mode == "flexible":
-        tried.append(batch)
+        powers = replace(batch, powers=True)
+        tried += [powers] * (batch.any_size and bool(np.isfinite(powers.quickest[0]))) + [batch]
+    shelves: list[Shelf] = []
     under = under_s - prices.batch_s
-    found = [shelves for one in tried if (shelves := search(one, under))]
-    if not found:
+    for one in tried:
+        if found := search(one, under):
+            took = total_s(batch, found)
+            shelves, under = (found, took) if took < under else (shelves, under)
+    if not shelves:
         return None
-    shelves = min(found, key=lambda shelves: total_s(batch, shelves))
     if exact_s and mode == "flexible":
         from longspan.planner.exact import solve_exactly
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from longspan.planner.pack import Batch
+from longspan.planner.alone import LONGEST, Batch
 from longspan.planner.prices import Floats, Pool
 
 __all__ = ["lower_bound"]
 
-_STEPS = 40
-_LONGEST = 512  # of so many sequences it is asked which groups end in time
+_STEPS = 30
+_SAME = 1 - 1e-9
 
 
 def lower_bound(batch: Batch) -> float:
@@ -29,9 +29,8 @@ def lower_bound(batch: Batch) -> float:
     low = (least - 1) * each + float(prices.whole_s(batch.quickest[0]))
     ways = [way for pool in prices.pools for way in _ways(batch, pool)]
     fewest = np.min([area.min(axis=1) for _, area in ways], axis=0)
-    others = float(fewest[_LONGEST:].sum())
-    ways = [(ends[:_LONGEST], area[:_LONGEST]) for ends, area in ways]
-    high = low + float(fewest.sum()) / batch.speed + least * each
+    others = _others(batch)
+    high = low + (float(fewest.sum()) + others) / batch.speed + least * each
 
     def agrees(total: float) -> bool:
         longest = total - (least - 1) * each
@@ -55,22 +54,48 @@ def lower_bound(batch: Batch) -> float:
 
 
 def _ways(batch: Batch, pool: Pool) -> Iterator[tuple[Floats, Floats]]:
-    """By size and way of attention, when each sequence ends, and the rank-seconds that it adds.
+    """When each of the longest sequences ends, and what it adds in rank-seconds: by size.
 
-    What a group takes anyway is left out. A ring hides what it sends behind what it computes, if
-    need be for other sequences, so that only the latter counts; but it must have sent all in time.
+    First by head exchange, then by ring. What a group takes anyway is left out. A ring hides what
+    it sends behind what it computes, if need be for other sequences, so that only the latter
+    counts; but it must have sent all in time.
     """
     c = pool.columns
-    _, first, which = np.unique(batch.tokens, return_index=True, return_inverse=True)
-    tokens, pairs = batch.tokens[first, None].astype(np.float64), batch.pairs[first, None]
+    tokens = batch.tokens[:LONGEST, None].astype(np.float64)
+    pairs = batch.pairs[:LONGEST, None]
     ranks = c.ranks * pool.weight
     fits = tokens <= c.most_tokens
     heads = c.token_s * tokens + c.heads_pair_s * pairs + c.heads_token_s * tokens
     ends = np.where(fits, c.fixed_s + c.heads_fixed_s + heads, np.inf)
-    yield ends[which], np.where(fits, heads * ranks, np.inf)[which]
+    yield ends, np.where(fits, heads * ranks, np.inf)
     if np.isfinite(c.ring_fixed_s).any():
         busy = c.ring_pair_s * pairs + c.ring_busy_s * tokens
         alone = np.maximum(busy, c.ring_token_s * tokens)
         ends = np.where(fits, c.fixed_s + c.ring_fixed_s + c.token_s * tokens + alone, np.inf)
         ring = np.where(np.isfinite(ends), c.token_s * tokens + busy, np.inf)
-        yield ends[which], (ring * ranks)[which]
+        yield ends, ring * ranks
+
+
+def _others(batch: Batch) -> float:
+    """The fewest rank-seconds that all but the longest add, whenever they end."""
+    tokens, pairs = batch.tokens[LONGEST:], batch.pairs[LONGEST:]
+    if not len(tokens):
+        return 0.0
+    ways: list[tuple[Floats, Floats, Floats]] = []  # a token, a pair, and the most tokens, by size
+    for pool in batch.prices.pools:
+        c, weight = pool.columns, pool.columns.ranks * pool.weight
+        ring_pair_s = np.where(np.isfinite(c.ring_fixed_s), c.ring_pair_s, np.inf)
+        ways.append(
+            (weight * (c.token_s + c.heads_token_s), weight * c.heads_pair_s, c.most_tokens)
+        )
+        ring_token_s = c.token_s + c.ring_busy_s
+        ways.append((weight * ring_token_s, weight * ring_pair_s, c.most_tokens))
+    per_token = np.concatenate([way[0] for way in ways])
+    per_pair = np.concatenate([way[1] for way in ways])
+    room = np.concatenate([way[2] for way in ways])
+    # Few ways are better for any sequence than the one that takes least for a token.
+    first = np.where(room >= tokens[0], per_token, np.inf).argmin()
+    kept = (per_token < per_token[first] * _SAME) | (per_pair < per_pair[first] * _SAME)
+    kept[first] = True
+    added = per_token[kept] * tokens[:, None] + per_pair[kept] * pairs[:, None]
+    return float(np.where(tokens[:, None] <= room[kept], added, np.inf).min(axis=1).sum()) * _SAME

@@ -8,51 +8,42 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longspan.planner.pack import Batch
+from longspan.planner.alone import Batch
 from longspan.planner.prices import Floats, Ints
 
-__all__ = ["Cut", "cuts"]
+__all__ = ["Cut", "shortest"]
 
 _LIMITS = 24
 _PLACES = 256  # about so many places to cut; in batches of no more sequences,
 _LONGEST = 6  # the own times of so many of them are limits as well
-# Shares of the time limit that long sequences take, in groups that others fill up; and of the
-# ranks' time and memory that a packing may be able to use.
-_WAYS = ((1.0, 1.0), (0.8, 1.0), (0.6, 1.0))
-_MORE_WAYS = ((1.0, 0.9), (1.0, 0.8))
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Ends of the micro-batches in the sorted batch, and their time limits; of one slack."""
+    """Time limits of micro-batches, one after the other, and what they take in all."""
 
-    ends: tuple[int, ...]
     limits_s: tuple[float, ...]
-    slack: float
     seconds: float
 
 
-def cuts(batch: Batch) -> list[Cut]:
-    """The shortest paths, the quickest first; for few sequences there are more."""
+def shortest(batch: Batch) -> Cut:
+    """The cut that takes least."""
     every = np.arange(len(batch.tokens))
     prices = batch.prices
     low = batch.fixed_s + 0.25 * float(batch.areas.sum()) / batch.speed / len(every)
     low = max(low, float(batch.quickest[-1]), prices.gather_s if prices.overlap else 0.0)
-    quickest = np.min([times.min(axis=1) for times in batch.planned], axis=0)
-    high = max(float(quickest.max()), batch.floor_s(every), low) * 1.5
+    first = [batch.least_limit_s(item) for item in (0, batch.long) if item < len(every)]
+    high = max(*first, batch.floor_s(every), low) * 1.5
     limits = np.geomspace(low, high, _LIMITS)
     if len(every) <= _PLACES:
         exact = np.concatenate([times[:_LONGEST].ravel() for times in batch.planned])
         exact = exact[(exact >= low) & (exact <= high)] * (1 + 1e-9)
         limits = _thinned(np.concatenate([limits, exact]))
-    places = _places(batch)
-    ways = _WAYS + _MORE_WAYS * (len(every) <= _PLACES)
-    found = [_shortest(batch, limits, places, *way) for way in ways]
-    return sorted(found, key=lambda cut: (cut.seconds, -cut.slack))
+    return _path(batch, limits, _places(batch))
 
 
-def _shortest(batch: Batch, limits: Floats, places: Ints, slack: float, fill: float) -> Cut:
-    ends = np.array([_ends(batch, limit, places, slack, fill) for limit in limits]).T
+def _path(batch: Batch, limits: Floats, places: Ints) -> Cut:
+    ends = np.array([_ends(batch, limit, places) for limit in limits]).T
     each = batch.prices.whole_s(limits)
     total = each + np.where(ends > 0, 0.0, np.inf)
     left = np.zeros(len(places))  # the last place is the end
@@ -61,40 +52,24 @@ def _shortest(batch: Batch, limits: Floats, places: Ints, slack: float, fill: fl
         through = total[first] + left[ends[first]]
         chosen[first] = through.argmin()
         left[first] = through[chosen[first]]
-    row, stops, taken = 0, [], []
+    row, taken = 0, []
     while row < len(places) - 1:
         taken.append(float(limits[chosen[row]]))
         row = int(ends[row, chosen[row]])
-        stops.append(int(places[row]))
-    return Cut(tuple(stops), tuple(taken), slack, float(left[0]))
+    return Cut(tuple(taken), float(left[0]))
 
 
-def _ends(batch: Batch, limit: float, places: Ints, slack: float, fill: float) -> Ints:
+def _ends(batch: Batch, limit: float, places: Ints) -> Ints:
     """By place where a micro-batch begins, the place where one of this limit ends; 0 if at none."""
-    every = np.arange(len(batch.tokens))
-    area = np.full(len(every), np.inf)
-    memory = np.full(len(every), np.inf)
-    density = float(batch.tokens.sum()) / float(batch.areas.sum())
-    for pool, times, own, size in zip(
-        batch.prices.pools,
-        batch.planned,
-        batch.smallest(every, limit * slack),
-        batch.smallest(every, limit),
-        strict=True,
-    ):
-        c = pool.columns
-        size = np.where(own >= 0, own, size)
-        ranks, took = c.ranks[size], times[every, size]
-        took_area = (took - c.fixed_s[size]) * ranks * pool.weight
-        # What other sequences could take of the group's memory in the time it has left.
-        other = (limit - took) * ranks * pool.weight * density
-        taken = np.maximum(batch.tokens, np.where(ranks > 1, c.most_tokens[size] - other, 0))
-        better = (size >= 0) & (took_area < area)
-        area, memory = np.where(better, took_area, area), np.where(better, taken, memory)
+    area, memory = batch.smallest_areas, batch.tokens.astype(np.float64)
+    long = batch.most_s(limit)
+    if long:
+        area, memory = area.copy(), memory.copy()
+        area[:long], memory[:long] = _long(batch, limit, long)
     possible = np.isfinite(area)
     areas, held = _added(np.where(possible, area, 0.0)), _added(np.where(possible, memory, 0.0))
-    room = (limit - batch.fixed_s) * batch.speed * fill * (1 + 1e-9)
-    most = batch.prices.capacity * fill * (1 + 1e-9)
+    room = (limit - batch.fixed_s) * batch.speed * (1 + 1e-9)
+    most = batch.prices.capacity * (1 + 1e-9)
     starts = places[:-1]
     by_time = np.searchsorted(areas, areas[starts] + room, side="right")
     by_memory = np.searchsorted(held, held[starts] + most, side="right")
@@ -103,6 +78,31 @@ def _ends(batch: Batch, limit: float, places: Ints, slack: float, fill: float) -
     end = np.maximum(end, np.arange(1, len(places)))
     found: Ints = np.where(possible[starts], end, 0)
     return found
+
+
+def _long(batch: Batch, limit: float, count: int) -> tuple[Floats, Floats]:
+    """Rank-seconds and memory that so many of the longest take in groups of several ranks."""
+    every, all_sizes = np.arange(count), min(count, batch.long)
+    area, memory = np.full(count, np.inf), np.full(count, np.inf)
+    density = float(batch.tokens.sum()) / float(batch.areas.sum())
+    for pool, times, alone, size in zip(
+        batch.prices.pools,
+        batch.planned,
+        batch.smallest_s,
+        batch.smallest(every, limit),
+        strict=True,
+    ):
+        c, took = pool.columns, alone[:count].copy()
+        took[:all_sizes] = times[every[:all_sizes], size[:all_sizes]]
+        ranks = c.ranks[size]
+        took_area = (took - c.fixed_s[size]) * ranks * pool.weight
+        # What other sequences could take of the group's memory in the time it has left.
+        other = (limit - took) * ranks * pool.weight * density
+        blocked = np.where(ranks > 1, c.most_tokens[size] - other, 0)
+        taken = np.maximum(batch.tokens[:count], blocked)
+        better = (size >= 0) & (took <= limit) & (took_area < area)
+        area, memory = np.where(better, took_area, area), np.where(better, taken, memory)
+    return area, memory
 
 
 def _places(batch: Batch) -> Ints:

@@ -14,7 +14,7 @@ from typing import Any
 import highspy
 import numpy as np
 
-from longspan.planner.pack import Batch
+from longspan.planner.alone import Batch
 from longspan.planner.prices import Price, Prices
 from longspan.planner.search import total_s
 from longspan.planner.teams import Shelf, Team

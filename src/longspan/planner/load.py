@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from longspan.errors import ConfigError
+from longspan.schedule.exported import language_inputs
 
 __all__ = ["load"]
 
@@ -37,8 +38,7 @@ def load(
         if Path(name).exists():
             model = _config(Path(name))
             tokens = torch.empty(batch or 1, length, dtype=torch.long)
-            labels = torch.empty(batch or 1, length, dtype=torch.long)
-            given: Any = {"input_ids": tokens, "labels": labels, "use_cache": False}
+            given: Any = language_inputs(tokens, torch.empty_like(tokens))
         else:
             made = _imported(name)()
             model, given = made if isinstance(made, tuple) else (made, None)

@@ -2,28 +2,40 @@
 
 Sorted by length, a batch is cut into micro-batches of sequences alike in length, as a long one
 makes short ones wait (``cuts``). Each is then packed for real (``pack``), with what fits in its
-time limit; what doesn't goes to the next one, and limits are raised or lowered together until
-little is left over. In small batches sequences are then moved between micro-batches as long as
-that helps.
+time limit; what doesn't goes to the next one. That is tried in several ways, for scaled limits. In
+small batches sequences are then moved between micro-batches as long as that helps.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from longspan.planner.cuts import Cut, cuts
-from longspan.planner.pack import Batch
+from longspan.planner.alone import Batch
+from longspan.planner.cuts import Cut, shortest
+from longspan.planner.pack import best_shelf, even_shelf, full_shelf
 from longspan.planner.teams import Shelf
 
 __all__ = ["search", "total_s"]
 
 _FEW = 16  # so few sequences are all moved one by one
-_TRIED, _TRIED_ALL = 2, 256  # cuts that are packed for real: two, and all of few sequences
-_FILLED = 180  # about so many micro-batches are packed for each
+_HOPE = 0.95  # packings take at least about so much of what fluids do
 _REPACKED = 1024  # of so few sequences every micro-batch is packed at other limits, too
-# Changes of a cut's time limits, each up if a packing overran, down if not.
-_STEPS = (0.08, 0.04, 0.02, 0.01, 0.005, 0.0025)
+_WORK = 32_000  # about so many sequences and groups are placed, in all packings together;
+_EACH = 16  # a micro-batch counts as so many more
+# By how much a cut's time limits are scaled: at first, those that snap and those that don't; then
+# from the best, more and more finely.
+_SNAPPED, _PLAIN, _STEPS = (1.0, 1.15, 1.35), (1.0, 1.1), (0.05, 0.025, 0.0125)
+_UNITS = (4, 8)  # ranks of short sequences' groups, where one each may be less full of memory
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a batch is packed: the limits' scale, whether they snap, short sequences' ranks."""
+
+    scale: float
+    snap: bool
+    unit: int = 1
 
 
 def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
@@ -31,62 +43,71 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
 
     None are returned if there is no hope that they take less than ``under_s``.
     """
-    best: list[Shelf] = []
-    least = np.inf
-    tried = None if len(batch.tokens) <= _TRIED_ALL else _TRIED
-    for cut in cuts(batch)[:tried]:
-        if cut.seconds >= min(least, under_s):
-            break
-        for shelves in _packings(batch, cut):
-            took = total_s(batch, shelves)
-            if took < least:
-                best, least = shelves, took
+    cut = shortest(batch)
+    if cut.seconds * _HOPE >= under_s:
+        return []
+    few = len(batch.tokens) <= _FEW
+    tries = _Tries(batch, cut, np.inf if few else under_s)
+    ways = [_Way(scale, True) for scale in _SNAPPED] + [_Way(scale, False) for scale in _PLAIN]
+    for way in ways:
+        tries.pack(way)
+    if batch.only is None:
+        loose = len(tries.best) > batch.least_count(np.arange(len(batch.tokens)))
+        for way in ways if loose else [tries.way, replace(tries.way, snap=not tries.way.snap)]:
+            for unit in _UNITS:
+                tries.pack(replace(way, unit=unit))
+    for step in _STEPS:
+        way = tries.way
+        for scale in (way.scale * (1 + step), way.scale / (1 + step)):
+            tries.pack(replace(way, scale=scale))
+    best = tries.best
     if len(batch.tokens) <= _REPACKED:
         best = [_repacked(batch, shelf) for shelf in best]
-    if best and len(batch.tokens) <= _FEW:
-        return _improved(batch, best)
-    return best
+    return _improved(batch, best) if few else best
 
 
-def _packings(batch: Batch, cut: Cut) -> Iterator[list[Shelf]]:
-    """Parts as they were cut; then parts of what fits in time, for better and better limits."""
-    scale = 1.0
-    if len(batch.tokens) <= _REPACKED:
-        yield _packed(batch, cut, scale, strict=False)
-    for step in _STEPS[: max(2, _FILLED // len(cut.ends))]:
-        shelves = _packed(batch, cut, scale, strict=True)
-        yield shelves
-        aim = batch.prices.whole_s(np.array(cut.limits_s) * scale).sum()
-        over = total_s(batch, shelves) > aim * (1 + 1e-9)
-        scale *= 1 + step if over else 1 / (1 + step)
+class _Tries:
+    """The best packing so far, and how it was found."""
+
+    def __init__(self, batch: Batch, cut: Cut, under_s: float) -> None:
+        self.batch, self.cut = batch, cut
+        self.best: list[Shelf] = []
+        self.least = under_s
+        self.way = _Way(1.0, True)
+        # What is sought beside powers of two has half the work.
+        self.work = _WORK // 2 if batch.any_size and not batch.powers else _WORK
+
+    def pack(self, way: _Way) -> None:
+        """Each micro-batch filled up, what doesn't fit goes to the next; the last one evenly."""
+        if self.work < 0:
+            return
+        batch, prices = self.batch, self.batch.prices
+        shelves: list[Shelf] = []
+        took, limits = 0.0, self.cut.limits_s
+        rest = np.arange(len(batch.tokens))
+        floor = prices.gather_s if prices.overlap else 0.0
+        while len(rest):
+            if took + batch.least_s(rest) >= self.least:
+                return
+            limit = max(limits[min(len(shelves), len(limits) - 1)] * way.scale, floor)
+            shelf, left = full_shelf(batch, rest, limit, unit=way.unit, snap=way.snap)
+            if not shelf.items:  # groups of so many ranks are too few, or too slow
+                assert way.unit > 1  # else the longest has room, as all ranks are free
+                return
+            if not len(left):
+                even = even_shelf(batch, rest, max(batch.floor_s(rest), floor))
+                shelf = even if even and even.seconds < shelf.seconds else shelf
+            self.work -= len(rest) - len(left) + len(shelf.teams) + _EACH
+            shelves.append(shelf)
+            took += float(prices.whole_s(shelf.seconds))
+            rest = left
+        if took < self.least:
+            self.best, self.least, self.way = shelves, took, way
 
 
 def _repacked(batch: Batch, shelf: Shelf) -> Shelf:
-    other = batch.best(shelf.items, shelf.seconds)
+    other = best_shelf(batch, shelf.items, shelf.seconds)
     return other if other and other.seconds < shelf.seconds else shelf
-
-
-def _packed(batch: Batch, cut: Cut, scale: float, *, strict: bool) -> list[Shelf]:
-    """Each part packed; what doesn't fit goes to the next one, or to new ones at the end."""
-    shelves: list[Shelf] = []
-    rest = list(range(len(batch.tokens)))
-    floor = batch.prices.gather_s if batch.prices.overlap else 0.0
-    for end, limit in zip(cut.ends, cut.limits_s, strict=True):
-        last = end == cut.ends[-1]
-        spare = (end - rest[0]) // 8 + 8 if strict else 0
-        count = len(rest) if last else max(1, bisect_left(rest, end + spare))
-        limit = max(limit * scale, floor)
-        shelf, left = batch.fill(rest[:count], limit, slack=cut.slack, strict=strict and not last)
-        rest = left + rest[count:]
-        shelves.append(shelf)
-        if not rest:
-            break
-    while rest:
-        limit = max(batch.floor_s(np.array(rest)), floor)
-        shelf, rest = batch.fill(rest, limit, slack=cut.slack, strict=False)
-        assert shelf.items  # all ranks are free: the longest has room
-        shelves.append(shelf)
-    return [shelf for shelf in shelves if shelf.items]
 
 
 def _improved(batch: Batch, shelves: list[Shelf]) -> list[Shelf]:
@@ -95,7 +116,7 @@ def _improved(batch: Batch, shelves: list[Shelf]) -> list[Shelf]:
 
     def packed(part: frozenset[int]) -> Shelf | None:
         if part not in known:
-            known[part] = batch.best(sorted(part)) if part else Shelf([])
+            known[part] = best_shelf(batch, sorted(part)) if part else Shelf([])
         return known[part]
 
     def took(part: frozenset[int]) -> float:

@@ -1,20 +1,24 @@
-"""Which dim is sharded in each stage of a model: the shortest path over layouts.
+"""Which dim is sharded in each stage of a model: the cheapest layouts of a chain or graph.
 
 Dynamic sequence parallelism (DSP, arXiv 2403.10266) shards a dim that a stage doesn't mix, and
 switches to another one, by one all-to-all, before a stage that does. Here the switches are placed:
 each stage in each layout has a price, and so has each change of layout between two stages; the
-cheapest way through all of them is found exactly, by dynamic programming over the layouts of the
-stages whose results are still needed (one in a chain).
+cheapest way through all of them is found exactly (``solve``).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
-from math import inf
+from operator import contains
+
+import numpy as np
 
 from longspan.cluster.spec import Cluster
 from longspan.errors import ClusterError, ConfigError
 from longspan.plan import StagePlan, StageRival, StageRow
+from longspan.planner.eliminate import Floats
+from longspan.planner.solve import solve
 from longspan.planner.stage import Sharded, Stage
 from longspan.planner.stage_price import Inside, Price, Pricer
 
@@ -49,18 +53,15 @@ def plan_stages(
         raise ClusterError(f"{world} ranks on a cluster of {cluster.ranks}: give 1 to all of them")
     _check(stages, sequence, outside)
     meshes = [dict(axes)] if axes else _meshes(stages, sequence, world)
-    found: list[tuple[float, _Job, list[_Choice], Sharded]] = []
-    for mesh in meshes:
-        job = _Job(stages, tuple(sequence), Pricer(cluster, mesh), empty)
-        for home in job.homes(sequence if outside is None else outside):
-            seconds, choices = job.best(home)
-            found.append((seconds, job, choices, home))
-    seconds, job, choices, home = min(found, key=lambda one: one[0])
-    if seconds == inf:
+    jobs = [_Job(stages, tuple(sequence), Pricer(cluster, mesh), empty) for mesh in meshes]
+    ends = sequence if outside is None else outside
+    found = [(*job.best(job.homes(ends)), job) for job in jobs if all(job.choices)]
+    if not found:
         raise ConfigError(
             f"no layout of {', '.join(sequence)} suits all stages: allow empty ranks, or give "
             "the stages heads"
         )
+    _, choices, home, job = min(found, key=lambda one: one[0])
     line = _Job(stages, tuple(sequence), Pricer(cluster, {"sp": world}), True)
     return job.plan(choices, home, tuple(line.rivals()) if world > 1 else ())
 
@@ -98,11 +99,12 @@ class _Job:
     def axes(self) -> Mapping[str, int]:
         return self.pricer.axes
 
-    def homes(self, dims: Sequence[str]) -> Iterable[Sharded]:
+    def homes(self, dims: Sequence[str]) -> Sequence[Sharded]:
         """Layouts outside the stages, those that shard most first."""
         found = product((*dims, None), repeat=len(self.axes))
-        ends = self.stages[0], self.stages[-1]
-        fine = [one for one in found if all(self._fits(stage, one) for stage in ends)]
+        ends = {place for place in range(len(self.stages)) if -1 in self.before(place)}
+        ends.update(self.leaving())
+        fine = [one for one in found if all(self._fits(self.stages[at], one) for at in ends)]
         return sorted(fine, key=lambda one: one.count(None))
 
     def _fits(self, stage: Stage, sharded: Sharded) -> bool:
@@ -115,8 +117,13 @@ class _Job:
             for dim, size in ranks.items()
         )
 
-    def choices(self, stage: Stage) -> list[_Choice]:
-        """All that a stage can run in; a dim that it mixes may be sharded by one axis."""
+    @cached_property
+    def choices(self) -> list[list[_Choice]]:
+        """All that each stage can run in."""
+        return [self._choices(stage) for stage in self.stages]
+
+    def _choices(self, stage: Stage) -> list[_Choice]:
+        """A dim that a stage mixes may be sharded by one axis."""
         found: list[_Choice] = []
         for sharded in product((*self.sequence, None), repeat=len(self.axes)):
             mixing = [dim for dim in sharded if dim in stage.mixes]
@@ -150,19 +157,42 @@ class _Job:
         """Of the tensor that a stage takes, or from the stages' end (-1) back outside."""
         return self.pricer.move(self.stages[place], src, dst)
 
-    def best(self, home: Sharded) -> tuple[float, list[_Choice]]:
-        """The least seconds and every stage's choice, from ``home`` and back to it."""
-        leaving = self.leaving()
+    def best(self, homes: Sequence[Sharded]) -> tuple[float, list[_Choice], Sharded]:
+        """The least seconds, every stage's choice, and the layout outside."""
+        outside = len(self.stages)  # the layout outside is chosen like a stage's
+        known: dict[tuple[object, ...], Floats] = {}
 
-        def leave_s(place: int, choice: _Choice) -> float:
-            return self.move(place, choice[0], home).seconds if place in leaving else 0.0
+        def kind(at: int) -> object:
+            return None if at == outside else self.stages[at].kind
 
-        return _shortest(
-            [self.choices(stage) for stage in self.stages],
-            [self.before(place) for place in range(len(self.stages))],
-            lambda place, choice: self.inside_s(place, choice) + leave_s(place, choice),
-            lambda place, src, dst: self.move(place, src[0] if src else home, dst[0]).seconds,
-        )
+        def layouts(at: int) -> Sequence[Sharded]:
+            return homes if at == outside else [sharded for sharded, _ in self.choices[at]]
+
+        def edge(src: int, dst: int, place: int) -> tuple[int, int, Floats]:
+            """Seconds that a stage's tensor moves for; alike stages share their table."""
+            key = kind(src), kind(dst), kind(place)
+            if key not in known:
+                ways = layouts(dst)
+                seconds = [[self.move(place, a, b).seconds for b in ways] for a in layouts(src)]
+                known[key] = np.array(seconds)
+            return src, dst, known[key]
+
+        edges = [
+            edge(outside if at < 0 else at, place, place)
+            for place in range(outside)
+            for at in self.before(place)
+        ]
+        edges += [edge(at, outside, at) for at in self.leaving()]
+        own: dict[object, Floats] = {}
+        for place in range(outside):
+            if kind(place) not in own:
+                alone = [self.inside_s(place, choice) for choice in self.choices[place]]
+                own[kind(place)] = np.array(alone)
+        costs = [own[kind(place)] for place in range(outside)] + [np.zeros(len(homes))]
+        found = solve(costs, edges)
+        *picked, home = found.assignment
+        ways = [options[at] for options, at in zip(self.choices, picked, strict=True)]
+        return found.cost, ways, homes[home]
 
     def _prices(
         self, choices: Sequence[_Choice], home: Sharded
@@ -232,8 +262,7 @@ class _Job:
             plans = []
             for dim in self.sequence:
                 choices = [way(stage, dim) for stage in self.stages]
-                allowed = zip(choices, self.stages, strict=True)
-                if all(choice in self.choices(stage) for choice, stage in allowed):
+                if all(map(contains, self.choices, choices)):
                     plans.append(self.plan(choices, (dim,), ()))
             if plans:
                 best = min(plans, key=lambda plan: plan.seconds)
@@ -248,33 +277,3 @@ class _Job:
         if found:
             seconds, most = min(found)
             yield StageRival("megatron", most, seconds)
-
-
-def _shortest(
-    choices: Sequence[Sequence[_Choice]],
-    before: Sequence[tuple[int, ...]],
-    inside_s: Callable[[int, _Choice], float],
-    move_s: Callable[[int, _Choice | None, _Choice], float],
-) -> tuple[float, list[_Choice]]:
-    """Dynamic programming over the choices of the stages whose results are still needed."""
-    last = [
-        max((p for p, taken in enumerate(before) if at in taken), default=at)
-        for at in range(len(before))
-    ]
-    states: dict[tuple[_Choice, ...], tuple[float, list[_Choice]]] = {(): (0.0, [])}
-    needed: list[int] = []
-    for place, options in enumerate(choices):
-        fixed = [inside_s(place, choice) for choice in options]
-        after = [at for at in (*needed, place) if last[at] > place]
-        found: dict[tuple[_Choice, ...], tuple[float, list[_Choice]]] = {}
-        for held, (cost, path) in states.items():
-            known = dict(zip(needed, held, strict=True))
-            for choice, own_s in zip(options, fixed, strict=True):
-                total = cost + own_s
-                total += sum(move_s(place, known.get(at), choice) for at in before[place])
-                kept = {**known, place: choice}
-                state = tuple(kept[at] for at in after)
-                if total < found.get(state, (inf, []))[0]:
-                    found[state] = total, [*path, choice]
-        states, needed = found, after
-    return min(states.values(), key=lambda one: one[0], default=(inf, []))

@@ -70,6 +70,8 @@ def place(
     if node is not None:
         return {node: size}
     taken: dict[int, int] = {}
+    if size < min(len(prices.nodes[node]) for node in nodes):
+        return None
     for node in nodes:
         whole = len(prices.nodes[node])
         if free[node] == whole and whole <= size:
@@ -83,10 +85,8 @@ def place(
 
 def _least(size: int, nodes: Sequence[int], free: Sequence[int]) -> int | None:
     """The first node of the fewest free ranks that are enough."""
-    best = None
-    for node in nodes:
-        if free[node] >= size and (best is None or free[node] < free[best]):
-            best = node
-            if free[node] == size:
-                break
-    return best
+    own = [free[node] for node in nodes]
+    for count in range(size, max(own, default=0) + 1):
+        if count in own:
+            return nodes[own.index(count)]
+    return None

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from longspan.errors import ModelError
 from longspan.schedule.groups import called
 
-__all__ = ["exported"]
+__all__ = ["exported", "language_inputs"]
 
 
 @contextmanager
@@ -51,3 +51,13 @@ def exported(
         raise ModelError(
             f"torch.export can't follow {type(module).__name__}: {line or type(error).__name__}"
         ) from error
+
+
+def language_inputs(tokens: Tensor, targets: Tensor) -> dict[str, Any]:
+    """What a causal language model of transformers is called with for a loss that is a sum.
+
+    ``targets``, like ``tokens`` (rows, length): the token that follows each; -100: nothing.
+    """
+    # Already shifted, over a count of one.
+    shifted = {"labels": targets, "shift_labels": targets, "num_items_in_batch": 1}
+    return {"input_ids": tokens, **shifted, "use_cache": False}

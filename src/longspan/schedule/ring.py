@@ -14,7 +14,7 @@ from itertools import pairwise
 from longspan.errors import LayoutError
 from longspan.layout import Order, Run, check_documents, place_runs
 
-__all__ = ["Block", "Ring", "blocks", "imbalance", "pairs", "tokens"]
+__all__ = ["Block", "Ring", "blocks", "imbalance", "pairs", "paying_parts", "tokens"]
 
 _TURNS = 8  # with so many turns, little is left that the first and the last can't hide
 _MESSAGE_BYTES = 1 << 17  # a smaller one is mostly latency
@@ -108,10 +108,19 @@ class Ring:
         make many turns anyway, and small messages wait for latency only.
         """
         ends = self.documents if self.kv_documents is None else self.kv_documents
-        most = ends[-1] // self.world * self.kv_bytes // _MESSAGE_BYTES
-        most = min(-(-_TURNS // self.nodes), most) if self.nodes > 1 else 1
-        parts = [n for n in range(1, most + 1) if kv_heads % n == 0]
-        return replace(self, parts=parts[-1]) if parts else self
+        message = ends[-1] // self.world * self.kv_bytes
+        ways = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0] or [1]
+        parts = paying_parts(ways, message, self.nodes)[-1] if self.nodes > 1 else 1
+        return replace(self, parts=parts)
+
+
+def paying_parts(ways: Iterable[int], size: int, turns: int = 1) -> list[int]:
+    """Those numbers of parts that may pay, where each part makes ``turns`` turns; one always may.
+
+    A message of ``size`` bytes mustn't be cut too small.
+    """
+    most = min(-(-_TURNS // turns), size // _MESSAGE_BYTES)
+    return [parts for parts in ways if parts <= max(1, most)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """What a data-parallel rank trains on in each step: packed sequences of whole documents."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -93,6 +93,11 @@ class Batches:
         """``count`` documents from ``cursor`` on, for a step whose sequences a plan groups."""
         return tuple(self.training.piece(cursor + n) for n in range(count))
 
+    def rows(self, cursor: int, count: int) -> StepBatch:
+        """``count`` documents from ``cursor`` on, each by itself; the same on all ranks."""
+        pieces = self.documents_of(cursor, count)
+        return self._by_itself(pieces, cursor + count)
+
     def lengths_of(self, cursor: int, count: int) -> tuple[int, ...]:
         """Tokens of each of these documents."""
         return tuple(piece.length for piece in self.documents_of(cursor, count))
@@ -107,6 +112,19 @@ class Batches:
         """The same validation sequences at every call."""
         wanted = min(self._config.train.validation_sequences, self.validation.epoch_packs(0))
         return self._take(self.validation, 0, -(-wanted // dp), dp_rank, dp)
+
+    def validation_rows(self) -> StepBatch:
+        """The same validation documents at every call, each by itself, on all ranks."""
+        wanted = min(self._config.train.validation_sequences, self.validation.pieces)
+        return self._by_itself([self.validation.piece(n) for n in range(wanted)], wanted)
+
+    def _by_itself(self, pieces: Sequence[Piece], cursor: int) -> StepBatch:
+        return StepBatch(
+            tuple(materialise(self.store, (piece,)) for piece in pieces),
+            tokens=sum(piece.length for piece in pieces),
+            documents=len(pieces),
+            cursor=cursor,
+        )
 
     def _take(self, packer: Packer, cursor: int, each: int, dp_rank: int, dp: int) -> StepBatch:
         packs = [packer.pack(cursor + n) for n in range(each * dp)]

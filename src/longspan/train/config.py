@@ -89,6 +89,11 @@ class Parallel(_Section):
     memory_bytes: ByteSize | None = Field(
         None, gt=0, description="What a plan may use of each device; none: all of it."
     )
+    strategy: str | None = Field(
+        None,
+        description="Split every layer in its own way, not sequences: auto plans that for the "
+        "cluster, or a plan that longspan plan-layers wrote. Documents have a row each.",
+    )
 
 
 class Outer(_Section):
@@ -147,7 +152,9 @@ class Train(_Section):
     steps: int = Field(description="Optimizer steps.", ge=1)
     accumulate: int = Field(1, ge=1, description="Sequences a data-parallel rank sums in a step.")
     global_batch: int | None = Field(
-        None, ge=1, description="Documents in a step, where parallel.mode isn't fixed."
+        None,
+        ge=1,
+        description="Documents in a step, where parallel.mode isn't fixed, or with a strategy.",
     )
     plan_ahead: int = Field(2, ge=0, description="Steps that are planned before they're due.")
     dtype: Literal["float32", "bfloat16"] = Field(

@@ -7,6 +7,7 @@ import json
 import os
 import sysconfig
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -30,7 +31,8 @@ from longspan.train.config import (
     save_config,
 )
 from longspan.train.inspect import inspect
-from longspan.train.launch import launch
+from longspan.train.launch import launch, prepare
+from longspan.train.worker import run_worker
 
 __all__ = ["run_demo", "write_documents"]
 
@@ -41,6 +43,7 @@ _STEPS = 60
 def run_demo(runs: Path, steps: int | None = None) -> int:
     """Run the demonstration into ``runs/demo``; returns the exit code."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # four Gloo processes, also where there is a GPU
+    prepare()
     console = Console(highlight=False)
     config = _config(runs, steps or _STEPS)
     if config.run.exists():
@@ -56,7 +59,7 @@ def run_demo(runs: Path, steps: int | None = None) -> int:
     path = runs / "demo.yaml"
     save_config(config, path)
     inspect(config, _PROCESSES, _PROCESSES)
-    code = launch(("train", str(path)), _PROCESSES)
+    code = launch(partial(run_worker, config), _PROCESSES)
     if code:
         return code
     console.rule("3  what happened")

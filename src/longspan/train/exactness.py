@@ -19,7 +19,8 @@ from longspan.errors import ModelError
 from longspan.train.batches import Batches, StepBatch
 from longspan.train.config import Config
 from longspan.train.parallelize import build_model
-from longspan.train.step import StepRunner, evaluating, summed
+from longspan.train.step import StepRunner, summed
+from longspan.train.strategy import RowRunner
 
 __all__ = ["Exactness", "exactness"]
 
@@ -41,7 +42,7 @@ class Exactness:
 
 
 def exactness(
-    runner: StepRunner,
+    runner: StepRunner | RowRunner,
     batches: Batches,
     config: Config,
     own: StepBatch,
@@ -52,7 +53,7 @@ def exactness(
     ``own`` is this rank's part of the step, ``sequences`` are those of all. Raises ModelError on
     rank 0 if they differ by more than rounding.
     """
-    with evaluating(runner.model):
+    with runner.evaluating():
         (loss,) = summed(runner.site, runner.gradients(own))
     gradients = {name: _whole(p.grad) for name, p in runner.model.named_parameters()}
     weights = {name: _whole(tensor) for name, tensor in runner.model.state_dict().items()}

@@ -12,6 +12,7 @@ from longspan.train.config import Config, load_config, save_config, settled_diff
 from longspan.train.fit import check_memory, device_memory_bytes
 from longspan.train.parallelize import build_model
 from longspan.train.sites import outer_bytes
+from longspan.train.strategy import check_strategy
 
 __all__ = ["claim_run", "inspect"]
 
@@ -32,7 +33,8 @@ def inspect(config: Config, world: int, local_world: int) -> None:
     apart = config.outer.offload and torch.cuda.is_available()  # where ranks' memory is a GPU's
     outer = 0 if apart else outer_bytes(config.outer, model, inside)
     room = device_memory_bytes(local_world)
-    check_memory(config, model.config, batches.longest, inside, room, outer)
+    if not config.parallel.strategy:  # whose memory is planned
+        check_memory(config, model.config, batches.longest, inside, room, outer)
     _check_kept(config)
 
 
@@ -52,6 +54,9 @@ def _check_mode(config: Config, world: int) -> None:
             f"outer.site is {outer.site} of {outer.sites} that meet at outer.rendezvous: set "
             "outer.sites to the most there may be, 2 at least, and count them from 0"
         )
+    if ways.strategy:
+        check_strategy(config, world)
+        return
     if outer.sites > 1 and (ways.mode != "fixed" or ways.sharding not in ("auto", "world")):
         raise ConfigError(
             "outer.sites is more than 1: a site spreads its parameters over all its ranks, and "

@@ -25,6 +25,7 @@ from longspan.train.planning import Planning, shards_of
 from longspan.train.record import Recorder
 from longspan.train.sites import make_outer
 from longspan.train.step import StepRunner
+from longspan.train.strategy import RowRunner, strategy_of, tell_strategy
 
 __all__ = ["Job", "make_job", "prove"]
 
@@ -36,7 +37,7 @@ class Job:
     config: Config
     mesh: DeviceMesh
     batches: Batches
-    runner: StepRunner
+    runner: StepRunner | RowRunner
     optimizer: torch.optim.Optimizer
     recorder: Recorder
     planned: PlannedBatches | None = None
@@ -53,8 +54,16 @@ class Job:
         """This rank's part of the step that starts at ``cursor``, and the plan if it has one."""
         if self.planned:
             return self.planned.step(cursor)
+        if isinstance(self.runner, RowRunner):
+            return self.batches.rows(cursor, self.config.train.global_batch or 1), None
         sites = self.config.outer.sites
         return self.batches.step(cursor, self.dp_rank, self.dp, self.site, sites), None
+
+    def validation(self) -> StepBatch:
+        """This rank's part of what it is validated with."""
+        if isinstance(self.runner, RowRunner):
+            return self.batches.validation_rows()
+        return self.batches.validate(self.dp_rank, self.dp)
 
     @property
     def dp(self) -> int:
@@ -69,6 +78,8 @@ class Job:
 
 def make_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
     """Build everything on this rank; the process group must stand."""
+    if config.parallel.strategy:
+        return _split_job(config, device, recorder)
     world = dist.get_world_size()
     ways = config.parallel
     mesh = make_mesh(world, ways.sp, device.type, config.outer.together)
@@ -94,6 +105,21 @@ def make_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
     )
 
 
+def _split_job(config: Config, device: torch.device, recorder: Recorder) -> Job:
+    """A job whose layers a strategy splits."""
+    batches = Batches(config)
+    vocab_size = batches.tokenizer.vocab_size
+    plan = strategy_of(config, vocab_size)
+    model = build_model(config, vocab_size, device)
+    parameters = model.num_parameters()
+    runner = RowRunner(model, plan, config, device)
+    torch.manual_seed(config.train.seed + 1 + dist.get_rank())
+    _describe(config, runner.mesh, batches, parameters, recorder)
+    tell_strategy(plan, recorder)
+    optimizer = make_optimizer(runner.model, config.optimizer)
+    return Job(config, runner.mesh, batches, runner, optimizer, recorder)
+
+
 def _unplanned(sharding: Sharding | Literal["auto"]) -> Sharding:
     return "world" if sharding == "auto" else sharding
 
@@ -101,7 +127,7 @@ def _unplanned(sharding: Sharding | Literal["auto"]) -> Sharding:
 def prove(job: Job) -> None:
     """Run the checks that the config asks for; raises LeakError or ModelError."""
     checks, recorder = job.config.checks, job.recorder
-    if checks.leak_probe:
+    if checks.leak_probe and isinstance(job.runner, StepRunner):
         probe = leak_probe(job.runner.model, mesh=job.mesh["sp"], order=job.runner.order)
         recorder.note("leak_probe", asdict(probe) | {"leaks": 0})
         recorder.say(f"leak probe: 0 leaks in {probe.outputs} outputs")
@@ -116,7 +142,10 @@ def prove(job: Job) -> None:
 def _exactness(job: Job) -> Exactness | None:
     """On the first batch of a plan, or on one of many documents."""
     batches = job.batches
-    if job.planned:
+    if isinstance(job.runner, RowRunner):
+        own, _ = job.step(0)
+        sequences = own.sequences
+    elif job.planned:
         own, planned = job.planned.step(0)
         sequences = job.planned.sequences(0, planned.plan)
     else:

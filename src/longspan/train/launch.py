@@ -8,8 +8,11 @@ import os
 import sys
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable
 from multiprocessing import forkserver, get_context
+
+from longspan.errors import LongspanError
+from longspan.report.words import clean
 
 __all__ = ["default_nproc", "launch", "prepare", "within_torchrun"]
 
@@ -27,8 +30,8 @@ def prepare() -> None:
     forkserver.ensure_running()
 
 
-def launch(arguments: Sequence[str], nproc: int) -> int:
-    """Run ``longspan`` with ``arguments`` in ``nproc`` processes; returns the exit code.
+def launch(work: Callable[[], int], nproc: int) -> int:
+    """Do ``work``, which returns its exit code, in ``nproc`` processes; returns the exit code.
 
     A rank that ends with a user's error has said so: its 2 is passed on. SIGTERM and Ctrl-C are
     handed to the ranks, who save and stop.
@@ -51,7 +54,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
         start_method="forkserver",
     )
     try:
-        elastic_launch(settings, _rank)(*arguments)
+        elastic_launch(settings, _rank)(work)
     except SignalException:
         return 0
     except ChildFailedError as error:
@@ -66,21 +69,21 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     return 0
 
 
-def _rank(*arguments: str) -> None:
-    """A rank's command. One that ends well returns: torchrun waits for that."""
+def _rank(work: Callable[[], int]) -> None:
+    """A rank's part. One that ends well returns: torchrun waits for that."""
     import torch
-
-    from longspan.cli import main
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        main(list(arguments))
-    except SystemExit as end:
-        if end.code:
-            raise
+        code = work()
+    except LongspanError as error:
+        print(f"longspan: {clean(error)}", file=sys.stderr)
+        code = 2
     except Exception:  # torchrun would keep it to itself
         traceback.print_exc()
-        sys.exit(1)
+        code = 1
+    if code:
+        sys.exit(code)
 
 
 def default_nproc() -> int:

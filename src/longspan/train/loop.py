@@ -14,8 +14,9 @@ from longspan.train.figures import plan_figures, ring_figures
 from longspan.train.job import Job, prove
 from longspan.train.optimize import lr_at, set_lr
 from longspan.train.sites import figures_of
-from longspan.train.step import summed
+from longspan.train.step import StepRunner, summed
 from longspan.train.stop import StopWish
+from longspan.train.strategy import RowRunner
 
 __all__ = ["train"]
 
@@ -24,8 +25,8 @@ def train(job: Job, wish: StopWish) -> None:
     """Train from the newest checkpoint, or from the start, until done or told to stop."""
     steps, recorder = job.config.train.steps, job.recorder
     prove(job)
-    if not job.planned:
-        recorder.note("batch", _picture(job))
+    if not job.planned and isinstance(job.runner, StepRunner):
+        recorder.note("batch", _picture(job, job.runner))
     progress = _resume(job)
     stopped = False
     while progress.step < steps and not stopped:
@@ -101,6 +102,8 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
     }
     if planned:
         figures |= plan_figures(planned)
+    elif isinstance(runner, RowRunner):
+        figures["padding"] = runner.padding(batch)
     elif recorder.leader:
         figures |= ring_figures(
             *(batch.sequences, runner.model.config, getattr(torch, config.train.dtype)),
@@ -122,14 +125,14 @@ def _together(job: Job) -> tuple[dist.ProcessGroup, OuterSync | None]:
     return job.runner.site, job.outer
 
 
-def _picture(job: Job) -> dict[str, object]:
+def _picture(job: Job, runner: StepRunner) -> dict[str, object]:
     """A sequence of many documents, to draw which rank holds what of it."""
     sequences = job.batches.step(job.batches.most_mixed(job.dp), job.dp_rank, job.dp).sequences
     most = max(sequences, key=lambda sequence: len(sequence.cu_seqlens))
     return {
         "cu_seqlens": most.cu_seqlens.tolist(),
-        "world": job.runner.sp.size(),
-        "order": job.runner.order,
+        "world": runner.sp.size(),
+        "order": runner.order,
     }
 
 
@@ -140,7 +143,7 @@ def _number(norm: torch.Tensor) -> float:
 def _validate(job: Job, step: int) -> None:
     agreed = job.outer.global_parameters() if job.outer else nullcontext()
     with job.recorder.span("validation"), agreed:
-        loss = job.runner.validation_loss(job.batches.validate(job.dp_rank, job.dp))
+        loss = job.runner.validation_loss(job.validation())
     job.recorder.step(step, {"validation_loss": loss})
 
 

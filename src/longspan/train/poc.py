@@ -22,6 +22,7 @@ from longspan.train.job import make_job
 from longspan.train.loop import train
 from longspan.train.record import Recorder
 from longspan.train.stop import StopWish
+from longspan.train.worker import guarded
 
 __all__ = ["Criterion", "Way", "baseline_of", "poc_folder", "run_poc"]
 
@@ -59,12 +60,16 @@ def poc_folder(config: Config) -> Path:
     return config.runs / f"{config.name}-poc"
 
 
-def run_poc(plan: Way, baseline: Way, criterion: Criterion) -> Poc | None:
-    """Run the turns on this rank; rank 0 returns what was found, and writes it.
+def run_poc(plan: Way, baseline: Way, criterion: Criterion) -> int:
+    """Run the turns on this rank; rank 0 writes what was found. Returns the exit code.
 
     The first turn is short, and proves the plan exact and without leaks; it says how many steps
-    the others may have. Raises LeakError if anything leaks.
+    the others may have.
     """
+    return guarded(plan.config, lambda: _turns(plan, baseline, criterion))
+
+
+def _turns(plan: Way, baseline: Way, criterion: Criterion) -> None:
     config = plan.config
     folder = poc_folder(config)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -104,9 +109,8 @@ def run_poc(plan: Way, baseline: Way, criterion: Criterion) -> Poc | None:
                 told = str(min(_MOST_STEPS, max(_FEWEST_STEPS, wanted)))
                 steps = int(first_words(told if leader else ""))
     dist.destroy_process_group()
-    if not leader:
-        return None
-    return _concluded(plan, baseline, criterion, speeds, (time.perf_counter() - start) / 60)
+    if leader:
+        _conclude(plan, baseline, criterion, speeds, (time.perf_counter() - start) / 60)
 
 
 def _check_wish(wish: StopWish, device: torch.device) -> None:
@@ -142,9 +146,9 @@ def _measured(run: Path) -> tuple[float, float]:
     return total_s / len(seconds), sum(value for _, value in tokens) / total_s
 
 
-def _concluded(
+def _conclude(
     plan: Way, baseline: Way, criterion: Criterion, speeds: dict[str, list[float]], minutes: float
-) -> Poc:
+) -> None:
     config = plan.config
     folder = poc_folder(config)
     # What the first turn proved and what the last one learnt, as one run's trace for the report.
@@ -169,7 +173,6 @@ def _concluded(
         baseline_config=baseline.file,
     )
     write_plan(poc, folder / "poc.json")
-    return poc
 
 
 def _way(config: Config) -> str:

@@ -15,7 +15,7 @@ from longspan.data.packing import PackedSequence
 from longspan.layout import Order, positions
 from longspan.train.batches import Place, StepBatch
 
-__all__ = ["StepRunner", "evaluating", "summed"]
+__all__ = ["StepRunner", "summed"]
 
 
 class StepRunner:
@@ -46,6 +46,16 @@ class StepRunner:
         # An idle rank's backward runs as well: its peers wait for its part of every layer.
         return loss * 0.0 if place and place.idle else loss
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model without dropout for as long as this lasts."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
     def gradients(self, batch: StepBatch) -> Tensor:
         """Add the batch's gradients to the parameters; returns this rank's part of the loss."""
         total = torch.zeros((), device=self.device)
@@ -61,7 +71,7 @@ class StepRunner:
     @torch.no_grad()
     def validation_loss(self, batch: StepBatch) -> float:
         """The mean loss over all tokens of the batch, on all ranks of the site."""
-        with evaluating(self.model):
+        with self.evaluating():
             total = torch.zeros((), device=self.device)
             for sequence in batch.sequences:
                 total += self.loss_sum(sequence)
@@ -71,17 +81,6 @@ class StepRunner:
         """Whether the next backward pass reduces gradients over the ranks, or only adds them up."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(now)
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model without dropout for as long as this lasts."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def summed(group: dist.ProcessGroup, *values: Tensor) -> list[float]:

@@ -57,12 +57,7 @@ def guarded(config: Config, work: Callable[[], object]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: a Gloo group that something still refers to aborts a usual exit.
-
-    A fork of ``train.launch`` ends like that anyway, once its launcher knows.
-    """
-    if parent_process():
-        sys.exit(code)
+    """End this process at once: a Gloo group that something still refers to aborts a usual exit."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
