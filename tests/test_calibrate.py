@@ -25,7 +25,7 @@ FAST = {
         "attention": {"float32": 5e10, "bfloat16": 9e10},
     },
 }
-INSIDE = {"latency_s": 1e-5, "bytes_per_s": 5e9}
+INSIDE = {"latency_s": 3e-5, "bytes_per_s": 5e9}
 
 
 def network(rate: float, **more: float) -> dict[str, float]:
@@ -144,6 +144,18 @@ def test_a_cluster_is_found_again(real: Cluster, tmp_path: Path) -> None:
     assert bool(fit.remarks) != even
     write_cluster(found, tmp_path / "cluster.yaml")
     assert read_cluster(tmp_path / "cluster.yaml") == found
+
+
+def test_what_messages_take_is_bounded() -> None:
+    """Ranks that share cores slow each other: a message takes half of a ping, a byte no more
+    than where all went into sending."""
+    rows = probed(cluster([network(1e8)] * 2))
+    for row in rows:
+        if isinstance(row, Note) and row.kind == "beside":
+            row.about["seconds"] = [9.0 + row.about["bytes"]] * 3
+    (device,) = calibrate(rows)[0].devices.values()
+    assert device.message_s == pytest.approx((3e-5 + 2e-5) / 2)
+    assert device.byte_s == pytest.approx(1 / 1e10, rel=0.01)
 
 
 def test_what_stands_out_is_named() -> None:

@@ -5,12 +5,15 @@ median of repeats. Between nodes a link's rate is that of its largest message on
 taken off. A node's rate out is the best it reached towards any other node, and likewise in: what is
 less than that was the other end's. Inside a node, where copies and sums count too, it is the median
 rate of all its sends and collectives. What messages take from a device's computing is what the same
-work takes longer beside them: of small ones for each message, of large ones for each byte.
+work takes longer beside them: of small ones for each message, of large ones for each byte. That is
+bounded by what was seen elsewhere, as ranks that share cores are also slowed by each other: a ping
+has a message at both its ends, and a byte takes no longer than where all went into sending.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -67,7 +70,7 @@ def calibrate(rows: Sequence[Row], name: str = "probed") -> tuple[Cluster, Fit]:
     if place is None:
         raise DataError("this trace is not a probe's: it doesn't say where the ranks are")
     links = _Links(place, notes)
-    devices, kind_of = _devices(place, notes, links.quickest)
+    devices, kind_of = _devices(place, notes, links)
     links.take_off(min(device.get("message_s", 0.0) for device in devices.values()))
     values = {"name": name, "devices": devices, "sites": links.sites(kind_of)}
     cluster = cluster_from(values, "the probe's measurements")
@@ -87,14 +90,18 @@ class _Links:
         self.rate: dict[tuple[int, int], float] = {}
         self.total: dict[tuple[int, int], float] = {}
         self.inside: dict[int, list[float]] = defaultdict(list)
+        self.least_byte_s = inf  # that any rank has sent or received in
         for note in notes:
             if note.kind == "ping":
                 self.latency[frozenset(note.about["ranks"])] = min(note.about["seconds"])
         for ops, duration in timings(notes):
             first, *_ = ops
+            sent = max(first.sent_bytes(rank) for rank in first.ranks)
+            if duration > _LONG_S:
+                both = 1 if first.kind == "send" else 2
+                self.least_byte_s = min(self.least_byte_s, duration / (both * sent))
             if len({self.node[rank] for rank in first.ranks}) == 1:
                 if duration > _LONG_S:
-                    sent = max(first.sent_bytes(rank) for rank in first.ranks)
                     self.inside[self.node[first.ranks[0]]].append(sent / duration)
             elif first.kind == "send":
                 self._learn_sends(ops, duration)
@@ -111,12 +118,6 @@ class _Links:
     def take_off(self, message_s: float) -> None:
         """What ranks compute for a message is in the time that a ping takes, and has its price."""
         self.latency = {ends: max(0.0, took - message_s) for ends, took in self.latency.items()}
-
-    @property
-    def quickest(self) -> float:
-        """The best rate that any rank has sent at, in bytes a second."""
-        return max((*self.rate.values(), *(r for rates in self.inside.values() for r in rates)),
-                   default=1.0)  # fmt: skip
 
     def _latency_of(self, a: int, b: int) -> float:
         return self.latency.get(frozenset((a, b)), 0.0)
@@ -206,7 +207,7 @@ def _rates(notes: Sequence[Note]) -> dict[int, dict[str, tuple[Compute, float]]]
 
 
 def _devices(
-    place: dict[str, Any], notes: Sequence[Note], quickest: float
+    place: dict[str, Any], notes: Sequence[Note], links: _Links
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Kinds of device, and which of them each rank is: like ones within 15 % are one kind."""
     kinds: dict[str, list[int]] = {}
@@ -228,7 +229,7 @@ def _devices(
     beside = [note.about for note in notes if note.kind == "beside"]
     devices = {
         kind: _device(ranks, place, rates)
-        | _taken([one for one in beside if one["rank"] in ranks], quickest)
+        | _taken([one for one in beside if one["rank"] in ranks], links)
         for kind, ranks in kinds.items()
     }
     return devices, kind_of
@@ -262,11 +263,8 @@ def _device(
     }
 
 
-def _taken(beside: Sequence[dict[str, Any]], quickest: float) -> dict[str, float]:
-    """What messages take from computing: the line through small ones and large ones.
-
-    A byte takes no longer than it did where all went into sending.
-    """
+def _taken(beside: Sequence[dict[str, Any]], links: _Links) -> dict[str, float]:
+    """What messages take from computing: the line through small ones and large ones, in bounds."""
     if not beside:
         return {}
     by_size: dict[float, list[float]] = defaultdict(list)
@@ -276,9 +274,11 @@ def _taken(beside: Sequence[dict[str, Any]], quickest: float) -> dict[str, float
     (few_bytes, small), (many_bytes, large) = sorted(
         (size, median(taken)) for size, taken in by_size.items()
     )
-    byte_s = (large - small) / (many_bytes - few_bytes)
-    byte_s = min(max(0.0, byte_s), 1 / quickest)
-    return {"message_s": max(0.0, small - byte_s * few_bytes), "byte_s": byte_s}
+    each = max(0.0, (large - small) / (many_bytes - few_bytes))
+    most = min(links.latency.values(), default=0.0) / 2
+    message_s = min(max(0.0, small - each * few_bytes), most)
+    byte_s = min(max(0.0, (large - message_s) / many_bytes), links.least_byte_s)
+    return {"message_s": message_s, "byte_s": byte_s}
 
 
 def _slow_devices(place: dict[str, Any], notes: Sequence[Note]) -> Iterable[str]:

@@ -28,7 +28,7 @@ from longspan.cluster.spec import Cluster, Device
 from longspan.errors import ClusterError
 from longspan.schedule.ops import Comm, Compute, Op
 
-__all__ = ["Demand", "computing", "demand", "seconds", "traffic"]
+__all__ = ["Demand", "computing", "demand", "handling", "seconds", "traffic"]
 
 _LEAST_BYTE_S = 1e-12  # where messages take from computing, but not their bytes
 _Load = tuple[Ints, Floats]  # pipes, and what passes each
@@ -84,6 +84,14 @@ def traffic(ops: Iterable[Comm], cluster: Cluster) -> dict[str, float]:
     return {cluster.fabric.names[pipe]: float(total[pipe]) for pipe in np.flatnonzero(total)}
 
 
+def handling(op: Comm, cluster: Cluster) -> float:
+    """Seconds of its computing that ``op`` takes from the busiest of its ranks."""
+    if not cluster.handles:
+        return 0.0
+    asked = demand(op, cluster)
+    return float(asked.bytes[asked.pipes >= len(cluster.fabric.capacity)].max(initial=0))
+
+
 def computing(op: Compute, cluster: Cluster, rank: int) -> Demand:
     """What ``op`` asks of a rank whose sends take from its computing.
 
@@ -130,7 +138,7 @@ def demand(op: Comm, cluster: Cluster) -> Demand:
             latency = float(fabric.latency(source, target).max(initial=0))
     spread = op.kind not in ("send", "all_to_all")
     pipes, load = fabric.load(source, target, amount, spread=spread)
-    if cluster.message_s.any() or cluster.byte_s.any():
+    if cluster.handles:
         often = {"all_gather": n - 1, "reduce_scatter": n - 1, "all_reduce": 2 * (n - 1)}
         times = often.get(op.kind, 1)
         pipes, load = _with_computing(cluster, source, target, amount, times, (pipes, load))

@@ -52,10 +52,9 @@ class Device(_Part):
     (torch's names); what was measured is believed before what was promised. A kind without rates
     of its own runs at those of its first words, or else at matmul's. Attention's are of heads of
     64, and those of "attention 16" of heads of 16: seconds a pair lie on a line through the two.
-    ``bytes_per_s`` is its
-    memory's rate, ``overhead_s`` what every kernel costs before it starts. What takes from its
-    computing because it sends or receives: ``message_s`` for each message, ``byte_s`` for each
-    byte; 0 where an engine of its own does that.
+    ``bytes_per_s`` is its memory's rate, ``overhead_s`` what every kernel costs before it starts.
+    What takes from its computing because it sends or receives: ``message_s`` for each message,
+    ``byte_s`` for each byte; 0 where an engine of its own does that.
     """
 
     memory_bytes: ByteSize = Field(gt=0)
@@ -197,6 +196,11 @@ class Cluster(_Part):
     def byte_s(self) -> Floats:
         """Of every rank, how long it computes for a byte that it sends or receives."""
         return np.array([self.devices[kind].byte_s for kind in self.kinds])
+
+    @cached_property
+    def handles(self) -> bool:
+        """Whether any rank computes for what it sends and receives."""
+        return bool(self.message_s.any() or self.byte_s.any())
 
     @cached_property
     def capacity(self) -> Floats:

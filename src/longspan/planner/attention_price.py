@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from longspan.cluster.cost import seconds
+from longspan.cluster.cost import handling, seconds
 from longspan.cluster.spec import Cluster
 from longspan.layout import Order, local_length
 from longspan.schedule.heads import GPU_ROWS, HeadShares, trips
@@ -157,7 +157,13 @@ class Pricer:
             took = {op: seconds(op, self.cluster, group) for op in {*packing}}
             wired = {op: seconds(op, self.cluster) for op in {*chain.from_iterable(every)}}
             there, home = ([wired[op] for op in ops] for ops in zip(*every, strict=True))
-            computed = [ring.seconds / way.parts + took[op] for op in packing]
+            # While a part is computed, the next one comes and the last one goes home.
+            comes = [handling(there, self.cluster) for there, _ in every[1:]]
+            goes = [handling(home, self.cluster) for _, home in every[:-1]]
+            computed = [
+                ring.seconds / way.parts + took[op] + sum(beside)
+                for op, *beside in zip(packing, [*comes, 0.0], [0.0, *goes], strict=True)
+            ]
             slowest = max(slowest, _in_turn(there, computed, home))
             total = np.array([op.sizes for ops in every for op in ops]).sum(0)
             for i, j in product(range(way.width), repeat=2):
