@@ -13,7 +13,6 @@ has a message at both its ends, and a byte takes no longer than where all went i
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import inf
 from statistics import median
 from typing import Any
 
@@ -90,7 +89,7 @@ class _Links:
         self.rate: dict[tuple[int, int], float] = {}
         self.total: dict[tuple[int, int], float] = {}
         self.inside: dict[int, list[float]] = defaultdict(list)
-        self.least_byte_s = inf  # that any rank has sent or received in
+        self.handled = 1.0  # the most bytes a second that a rank has sent and received
         for note in notes:
             if note.kind == "ping":
                 self.latency[frozenset(note.about["ranks"])] = min(note.about["seconds"])
@@ -99,7 +98,7 @@ class _Links:
             sent = max(first.sent_bytes(rank) for rank in first.ranks)
             if duration > _LONG_S:
                 both = 1 if first.kind == "send" else 2
-                self.least_byte_s = min(self.least_byte_s, duration / (both * sent))
+                self.handled = max(self.handled, both * sent / duration)
             if len({self.node[rank] for rank in first.ranks}) == 1:
                 if duration > _LONG_S:
                     self.inside[self.node[first.ranks[0]]].append(sent / duration)
@@ -277,7 +276,7 @@ def _taken(beside: Sequence[dict[str, Any]], links: _Links) -> dict[str, float]:
     each = max(0.0, (large - small) / (many_bytes - few_bytes))
     most = min(links.latency.values(), default=0.0) / 2
     message_s = min(max(0.0, small - each * few_bytes), most)
-    byte_s = min(max(0.0, (large - message_s) / many_bytes), links.least_byte_s)
+    byte_s = min(max(0.0, (large - message_s) / many_bytes), 1 / links.handled)
     return {"message_s": message_s, "byte_s": byte_s}
 
 

@@ -258,11 +258,10 @@ class Workload:
         )
         # Keys and values go around forward; backward they or the queries, and gradients.
         ring = 2 * (3 + again) * others, others * ((1 + again) * forward + backward)
-        # Two exchanges forward, two backward; each packs and unpacks what each of the others sends,
-        # and their latency has the first message in it.
-        exchanges = 2 * (2 + again)
-        heads = exchanges * max(0, 2 * others - 2), exchanges * 2 * others
-        return heads, ring
+        # Two exchanges forward, two backward, each with a message to each of the others and one from
+        # it, which are packed and unpacked.
+        each = 2 * (2 + again) * 2 * others
+        return (each, each), ring
 
 
 def _tried(size: int, node: int) -> bool:
