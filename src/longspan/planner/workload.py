@@ -258,8 +258,8 @@ class Workload:
         )
         # Keys and values go around forward; backward they or the queries, and gradients.
         ring = 2 * (3 + again) * others, others * ((1 + again) * forward + backward)
-        # Two exchanges forward, two backward, each with a message to each of the others and one from
-        # it, which are packed and unpacked.
+        # Two exchanges forward, two backward, each with a message to each of the others and one
+        # from it, which are packed and unpacked.
         each = 2 * (2 + again) * 2 * others
         return (each, each), ring
 
