@@ -158,8 +158,8 @@ class Pricer:
             wired = {op: seconds(op, self.cluster) for op in {*chain.from_iterable(every)}}
             there, home = ([wired[op] for op in ops] for ops in zip(*every, strict=True))
             # While a part is computed, the next one comes and the last one goes home.
-            comes = [handling(there, self.cluster) for there, _ in every[1:]]
-            goes = [handling(home, self.cluster) for _, home in every[:-1]]
+            comes = [handling(op, self.cluster) for op, _ in every[1:]]
+            goes = [handling(op, self.cluster) for _, op in every[:-1]]
             computed = [
                 ring.seconds / way.parts + took[op] + sum(beside)
                 for op, *beside in zip(packing, [*comes, 0.0], [0.0, *goes], strict=True)
