@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import accumulate, product
+from itertools import product
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
@@ -30,12 +30,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peak import peak_bytes
 from benchmarks.record import conclude
 from longspan.cluster.spec import read_cluster
 from longspan.plan import Setup
 from longspan.planner.workload import Rates
 from longspan.train.config import Config, load_config
-from longspan.train.question import question_of, settings_of
 
 BANDWIDTHS = (50, 200, 1000)
 MODELS = {"wide": (128, 2), "deep": (64, 5)}
@@ -66,6 +66,8 @@ def write_documents(path: Path, uneven: bool) -> None:
 
 def config_of(folder: Path, data: str, model: str, name: str, runs: str = "runs") -> Config:
     """The settings of one run."""
+    from longspan.train.question import settings_of  # torch is not for the planner's process
+
     hidden, layers = MODELS[model]
     sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -154,7 +156,10 @@ def time_steps(folder: Path) -> dict[str, Any]:
 
 
 def count_memory(folder: Path) -> dict[str, Any]:
-    """On every rank: the peak of two steps of each case in each way, the fullest rank's."""
+    """On every rank: the peak of two steps of each case in each way, the fullest rank's.
+
+    That of fixed ways only in the first lab: it doesn't depend on links.
+    """
     import gc
 
     import torch
@@ -171,7 +176,10 @@ def count_memory(folder: Path) -> dict[str, Any]:
     device = connect()
     leader = dist.get_rank() == 0
     peaks = {}
+    first = (folder / "first").is_file()
     for (data, model), name in product(CASES, SETUPS):
+        if not first and SETUPS[name].mode == "fixed":
+            continue
         config = config_of(folder, data, model, name, "memory")
         if leader:
             keep_rates(folder, model, config.run)
@@ -198,18 +206,6 @@ def keep_rates(folder: Path, model: str, run: Path | None = None) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if of.is_file():
         shutil.copy(of, run)
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that torch's allocator for CPUs has handed out at once while ``work`` ran."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
-        work()
-    assert found.profiler and found.profiler.kineto_results
-    events = found.profiler.kineto_results.events()
-    changes = [(one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]"]
-    return max(accumulate(size for _, size in sorted(changes, key=lambda one: one[0])), default=0)
 
 
 def figures(run: Path, name: str) -> list[float]:
@@ -244,6 +240,8 @@ def worker(folder: Path, out: Path, work: Callable[[Path], dict[str, Any]]) -> N
 
 def foretold(folder: Path, run: dict[str, Any], rates: dict[str, Rates] | None) -> Any:
     """What the planner says of a run, from all that it reads."""
+    from longspan.train.question import question_of
+
     config = config_of(folder, run["data"], run["model"], run["setup"])
     forecaster = question_of(config, read_cluster(folder / "cluster.yaml")).forecaster
     work = replace(forecaster.work, rates=rates, memory_limit=None)
@@ -275,13 +273,16 @@ def main() -> None:
                   "peak MB", "foretold MB", "error", box=None)  # fmt: skip
     errors, probed, memory = [], [], []
     within: list[float] = []
+    peaks: dict[str, float] = {}
     for megabits in BANDWIDTHS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             for data in ("uneven", "even"):
                 write_documents(folder / f"{data}.jsonl", data == "uneven")
+            if not peaks:
+                (folder / "first").touch()
             found = in_lab(folder, "time", megabits)
-            peaks = in_lab(folder, "memory", None)
+            peaks |= in_lab(folder, "memory", None)
             console.print(f"{megabits} Mbit/s: {found['fit']}")
             for data, model in CASES:
                 runs = [r for r in found["runs"] if (r["data"], r["model"]) == (data, model)]

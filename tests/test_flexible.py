@@ -246,12 +246,13 @@ def test_a_flexible_run_and_what_it_goes_on_with(documents: Path, tmp_path: Path
     assert curve(after, "planner_restarts")[-1][1] == 1
 
 
-def test_three_times_tell_the_rates_apart() -> None:
+@pytest.mark.parametrize("tile", [1, 64, 512])
+def test_three_times_tell_the_rates_apart(tile: int) -> None:
     rates = Rates(0.12, 3e-4, 5e-7)
 
     def takes(lengths: list[int]) -> float:
-        pairs = sum(n * (n + 1) / 2 for n in lengths)
+        pairs = sum(sum(min(n, -(-row // tile) * tile) for row in range(1, n + 1)) for n in lengths)
         return rates.micro_batch_s + rates.token_s * sum(lengths) + rates.pair_s * pairs
 
-    found = told_apart(100, 8, takes([1]), takes([100] * 8), takes([800]))
+    found = told_apart(100, 8, takes([1]), takes([100] * 8), takes([800]), tile)
     assert astuple(found) == pytest.approx(astuple(rates))

@@ -4,10 +4,9 @@ A link's latency is the quickest ping's, less what a rank computes for a message
 median of repeats. Between nodes a link's rate is that of its largest message once the latency is
 taken off. A node's rate out is the best it reached towards any other node, and likewise in: what is
 less than that was the other end's. Inside a node, where copies and sums count too, it is the median
-rate of all its sends and collectives. What messages take from a device's computing is what the same
-work takes longer beside them: of small ones for each message, of large ones for each byte. That is
-bounded by what was seen elsewhere, as ranks that share cores are also slowed by each other: a ping
-has a message at both its ends, and a byte takes no longer than where all went into sending.
+rate of all its sends and collectives. What messages take from a device's computing is the time of
+its processors that they took: of small ones for each message, of large ones for each byte; a byte
+takes no longer than where all went into sending.
 """
 
 from collections import defaultdict
@@ -225,10 +224,10 @@ def _devices(
             kinds[kind] = []
         kinds[kind].append(rank)
         kind_of.append(kind)
-    beside = [note.about for note in notes if note.kind == "beside"]
+    handled = [note.about for note in notes if note.kind == "handled"]
     devices = {
         kind: _device(ranks, place, rates)
-        | _taken([one for one in beside if one["rank"] in ranks], links)
+        | _taken([one for one in handled if one["rank"] in ranks], links)
         for kind, ranks in kinds.items()
     }
     return devices, kind_of
@@ -262,22 +261,23 @@ def _device(
     }
 
 
-def _taken(beside: Sequence[dict[str, Any]], links: _Links) -> dict[str, float]:
-    """What messages take from computing: the line through small ones and large ones, in bounds."""
-    if not beside:
+def _taken(handled: Sequence[dict[str, Any]], links: _Links) -> dict[str, float]:
+    """What messages take from computing: the line through small ones and large ones.
+
+    A byte takes no longer than it did where all went into sending.
+    """
+    if not handled:
         return {}
     by_size: dict[float, list[float]] = defaultdict(list)
-    for one in beside:
-        longer = median(one["seconds"]) - median(one["alone"])
-        by_size[one["bytes"] / one["messages"]].append(longer / one["messages"])
+    for one in handled:
+        size = one["bytes"] / one["messages"]
+        by_size[size].append(median(one["seconds"]) / one["messages"])
     (few_bytes, small), (many_bytes, large) = sorted(
-        (size, median(taken)) for size, taken in by_size.items()
+        (size, median(took)) for size, took in by_size.items()
     )
-    each = max(0.0, (large - small) / (many_bytes - few_bytes))
-    most = min(links.latency.values(), default=0.0) / 2
-    message_s = min(max(0.0, small - each * few_bytes), most)
-    byte_s = min(max(0.0, (large - message_s) / many_bytes), 1 / links.handled)
-    return {"message_s": message_s, "byte_s": byte_s}
+    byte_s = max(0.0, (large - small) / (many_bytes - few_bytes))
+    byte_s = min(byte_s, 1 / links.handled)
+    return {"message_s": max(0.0, small - byte_s * few_bytes), "byte_s": byte_s}
 
 
 def _slow_devices(place: dict[str, Any], notes: Sequence[Note]) -> Iterable[str]:

@@ -2,11 +2,12 @@
 
 Counted are the tensors that autograd keeps for a Llama of the transformers library (RMSNorm,
 rotary embedding, gated MLP) whose attention keeps its output and log-sum-exp instead of the scores
-and whose loss makes the logits of some tokens at a time. The peak of real steps on CPU was within
-13 % of the sum with the environment's MALLOC_MMAP_THRESHOLD_=262144; without it glibc keeps much of
-what is freed, measured 1.1 to 2 times the sum. Sources: Korthikanti et al., arXiv 2205.05198,
-section 4, for what each layer keeps; Zhao et al., arXiv 2304.11277, for what sharding leaves on a
-device.
+and whose loss makes the logits of some tokens at a time, at the moments at which a step may hold
+most. What torch's allocator has handed out in real steps was at most 7 % less, and not more
+(benchmarks.whole_steps). A process takes more than its tensors: on CPU glibc keeps much of what is
+freed, 1.1 to 2 times the sum, but for the environment's MALLOC_MMAP_THRESHOLD_=262144. Sources:
+Korthikanti et al., arXiv 2205.05198, section 4, for what each layer keeps; Zhao et al., arXiv
+2304.11277, for what sharding leaves on a device.
 """
 
 from bisect import bisect_right
@@ -72,10 +73,10 @@ def transformer_of(values: Mapping[str, Any], where: str, dtype_bytes: int = 2) 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device, by what they hold.
+    """Bytes on one device at the moment when they are most, by what they hold.
 
     ``gathered`` are the parameters and gradients of the parts that FSDP2 has whole at the moment,
-    ``working`` what a step needs only while it computes the loss or one layer's gradients.
+    ``working`` what is needed only then: for the loss, a layer's gradients, the optimizer's step.
     """
 
     parameters: int
@@ -99,6 +100,8 @@ def memory(
     shards: int = 1,
     checkpointing: Checkpointing = "none",
     attention_kept: float = 1.0,
+    exchanged: bool = False,
+    whole_gradients: bool = False,
     loss_tokens: int = 1024,
     param_bytes: int = 4,
     optimizer_bytes: int = 8,
@@ -106,80 +109,77 @@ def memory(
     """What training ``model`` takes on a device that has ``tokens`` tokens of a micro-batch.
 
     FSDP2 leaves one of ``shards`` of parameters, gradients (``param_bytes`` each) and optimizer
-    state (``optimizer_bytes`` a parameter: 8 for Adam in fp32) on a device, and gathers a layer
-    and the next one, or the embedding, in the activations' dtype. Gradients are counted
-    throughout, as they are there from the second micro-batch on.
+    state (``optimizer_bytes`` a parameter: 8 for Adam in fp32) on a device; it gathers, in the
+    activations' dtype, the embedding, the head and a layer with the next one. Gradients are counted
+    throughout, as they are there from the second micro-batch on: whole ones with
+    ``whole_gradients``, where they are reduced in the last micro-batch only.
 
     ``checkpointing`` "none" keeps all activations; "full" a layer's input only; "selective" also
-    attention's output and log-sum-exp, for the ``attention_kept`` share of the tokens. The loss
-    makes the logits of ``loss_tokens`` at a time. Raises ConfigError if a number can't be.
+    attention's output and log-sum-exp, for the ``attention_kept`` share of the tokens. After a head
+    exchange (``exchanged``) attention's output is kept twice, with its heads and with its tokens.
+    The loss makes the logits of ``loss_tokens`` at a time. Raises ConfigError if a number can't be.
     """
     if tokens < 0 or shards < 1 or not 0 <= attention_kept <= 1:
         raise ConfigError(
             f"{tokens} tokens, {shards} shards, {attention_kept} of attention kept: "
             "these must be at least 0, at least 1, and from 0 to 1"
         )
-    params = -(-model.params // shards)
-    gathered = 0
-    if shards > 1:
-        embedding = model.vocab * model.hidden
-        largest = max(2 * model.layer_params, embedding)
-        gathered = largest * model.dtype_bytes + max(model.layer_params, embedding) * param_bytes
+    # Each shard of the embedding has as many rows; other dims are mostly multiples.
+    padded = (-(-model.vocab // shards) * shards - model.vocab) * model.hidden
+    outside = model.params - model.layers * model.layer_params + padded * (2 - model.tied)
+    params = -(-(model.layers * model.layer_params + outside) // shards)
+    gradients = params * shards if whole_gradients else params
+    state = (params * param_bytes, gradients * param_bytes, params * optimizer_bytes)
     width, wide = model.hidden, model.ffn
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     size = model.dtype_bytes
-    # RMSNorm computes in fp32 and keeps its input so, and its normed output; what follows keeps
-    # its own input. Then q, k, v and the output; the MLP's gate, its activation, up, and product.
-    norm = (4 + 2 * size) * width
+    # RMSNorm computes in fp32 and keeps its input so, the root of its mean square, and its normed
+    # output; what follows keeps its own input. Then q, k, v and the output; the MLP's gate, its
+    # activation, up, and product.
+    norm = (4 + 2 * size) * width + 4
     attention = size * (q + 2 * kv)
     kept = size * q + 4 * model.heads
-    whole_layer = 2 * norm + attention + kept + size * 4 * wide
+    whole_layer = 2 * norm + attention + kept + size * 4 * wide + size * q * exchanged
     match checkpointing:
         case "none":
             a_layer, again = float(whole_layer), 0
         case "full":
-            a_layer, again = float(size * width), whole_layer
+            a_layer, again = float(size * width), whole_layer - size * width
         case "selective":
-            a_layer, again = size * width + attention_kept * kept, whole_layer
-    # Cross entropy is done in fp32: three times the logits, as log-softmax, themselves and their
-    # gradient, beside the head's gradient, which is then scaled into a copy. A layer's
-    # recomputation and the gradients in its MLP come after these are gone.
-    logits, head = 12 * model.vocab * min(tokens, loss_tokens), 4 * model.vocab * width
-    held = model.layers * a_layer + norm
-    working = max(head + max(logits, head), tokens * (again + 3 * size * wide))
-    return Memory(
-        parameters=params * param_bytes,
-        gradients=params * param_bytes,
-        optimizer=params * optimizer_bytes,
-        gathered=gathered,
-        activations=int(tokens * held),
-        working=working,
-    )
+            a_layer = size * width + attention_kept * kept
+            again = whole_layer - size * width
+    # Beside the layers': rotary embedding's cosines and sines; tokens, targets and positions.
+    held = int(tokens * (model.layers * a_layer + norm + 2 * model.head_dim * size + 4 * 8))
+    head = 4 * model.vocab * width
+    # Cross entropy is done in fp32: logits in their own dtype, log-softmax, its gradient and
+    # theirs, beside the gradients of the head and of what goes into it.
+    logits = (12 + size) * model.vocab * min(tokens, loss_tokens)
+    loss = logits + head + tokens * size * width
+    # In backward of the last norm that all is kept for: numbers in fp32, and what comes in. In the
+    # last MLP's, which is before a layer's own norm's: gradients
+    # of two of its tensors, of what goes by, and of a matrix, before it is added; the norm's are
+    # gone.
+    in_norm = 16 * width + (size * width if size < 4 else 0)
+    in_norm += max(0, again - 4 * size * wide)
+    backward = tokens * max(in_norm, again + 2 * size * (wide + width) - norm)
+    backward += size * wide * width
+    whole = [outside * size, model.layer_params * size] if shards > 1 else [0, 0]
+    layer_gradients = model.layer_params * param_bytes if shards > 1 else 0
+    moments = [
+        Memory(*state, sum(whole), held, loss),
+        Memory(*state, sum(whole) + whole[1] + layer_gradients, held, head + backward),
+        Memory(*state[:1], params * param_bytes, state[2], 0, 0, params * param_bytes),
+    ]
+    return max(moments, key=lambda one: one.total)
 
 
-def longest(
-    model: Transformer,
-    memory_bytes: int,
-    *,
-    shards: int = 1,
-    checkpointing: Checkpointing = "none",
-    attention_kept: float = 1.0,
-    loss_tokens: int = 1024,
-    param_bytes: int = 4,
-    optimizer_bytes: int = 8,
-) -> int:
-    """The most tokens that fit a device of ``memory_bytes``; 0 if not even the model does."""
+def longest(model: Transformer, memory_bytes: int, **how: Any) -> int:
+    """The most tokens that fit a device of ``memory_bytes``; 0 if not even the model does.
+
+    ``how``: as ``memory``'s.
+    """
 
     def total(tokens: int) -> int:
-        return memory(
-            model,
-            tokens,
-            shards=shards,
-            checkpointing=checkpointing,
-            attention_kept=attention_kept,
-            loss_tokens=loss_tokens,
-            param_bytes=param_bytes,
-            optimizer_bytes=optimizer_bytes,
-        ).total
+        return memory(model, tokens, **how).total
 
     return max(0, bisect_right(range(1 << 40), memory_bytes, key=total) - 1)

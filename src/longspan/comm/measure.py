@@ -7,7 +7,6 @@ barrier; ops that are timed together run at the same time.
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from longspan.schedule.ops import Comm
 
 __all__ = ["Stopwatch"]
 
-_BESIDE_S = 0.15
+_PACE_S, _REPEATS = 0.3, 5
 
 
 class Stopwatch:
@@ -76,48 +75,41 @@ class Stopwatch:
         inner = max(1, math.ceil(least_s / self._seconds(work, 1)))
         return [self._seconds(work, inner) for _ in range(repeats)]
 
-    def beside(
-        self,
-        work: Callable[[], object],
-        ring: Sequence[int],
-        size: int,
-        most: int,
-        repeats: int = 5,
-    ) -> tuple[int, list[float], list[float]]:
-        """Seconds of ``work`` done over and over, alone and beside messages; one a repeat.
+    def handled(
+        self, work: Callable[[], object], ring: Sequence[int], size: int, count: int
+    ) -> list[float]:
+        """Seconds of computing that ``count`` messages and as many received take; one a repeat.
 
-        Each rank sends messages of ``size`` bytes to the next of its ``ring``, up to ``most`` and
-        for about ``_BESIDE_S``, and receives as many; their number comes first. It works for longer
-        than they take: what it then takes more than alone, the messages have taken.
+        Each rank sends ``size`` bytes to the next of its ``ring``, receives as many, and waits for
+        both, as training does. What counts is the time of its processors, those of sockets' threads
+        and of the kernel for it, too, at the pace at which ``work`` goes here: a device that is a
+        share of a core takes longer for the same.
         """
         here = ring.index(self.rank)
         target, source = ring[(here + 1) % len(ring)], ring[here - 1]
         sent, received = self._empty(size), self._empty(size)
 
-        def worked(turns: int, messages: int) -> None:
-            under_way: list[dist.Work | None] = []
-            for turn in range(max(turns, messages)):
-                if turn < messages:
-                    under_way += [dist.irecv(received, source), dist.isend(sent, target)]
-                if turn < turns:
-                    work()
-            for one in under_way:
+        def both_ways() -> None:
+            for one in (dist.irecv(received, source), dist.isend(sent, target)):
                 if one:
                     one.wait()
 
-        def seconds(turns: int, messages: int) -> float:
+        both_ways()
+        a_turn = self.compute(work, 1)[0]
+        turns = math.ceil(_PACE_S / a_turn)
+        dist.barrier()
+        start, processor = time.perf_counter(), time.process_time()
+        for _ in range(turns):
+            work()
+        pace = (time.perf_counter() - start) / (time.process_time() - processor)
+        found = []
+        for _ in range(_REPEATS):
             dist.barrier()
-            return self._seconds(partial(worked, turns, messages), 1)
-
-        def slowest(turns: int, messages: int) -> float:
-            return max(row[0] for row in self.everyone(seconds(turns, messages)))
-
-        slowest(1, 1)
-        messages = max(1, min(most, int(_BESIDE_S / slowest(0, 4) * 4)))
-        a_turn = min(row[0] for row in self.everyone(self._seconds(work, 20)))
-        turns = max(2 * messages, math.ceil(2 * slowest(0, messages) / a_turn))
-        both = [(seconds(turns, 0), seconds(turns, messages)) for _ in range(repeats)]
-        return messages, [alone for alone, _ in both], [beside for _, beside in both]
+            processor = time.process_time()
+            for _ in range(count):
+                both_ways()
+            found.append((time.process_time() - processor) * pace)
+        return found
 
     def _seconds(self, work: Callable[[], object], inner: int) -> float:
         self._finish()

@@ -7,7 +7,7 @@ place      of each rank: its node, site, kind of device and free memory
 ping       a byte one way between two ranks
 timing     ``ops`` at the same time, one duration a repeat
 compute    one rank's duration of an op, while all ranks do the same
-beside     one rank's duration of the same work alone and while it sends and receives
+handled    seconds that one rank computes for ``messages`` that it sends or receives
 =========  =======================================================================
 """
 
@@ -31,7 +31,7 @@ __all__ = ["probe"]
 _TARGET_S = 0.12  # long enough that a scheduler's or a barrier's milliseconds don't count
 _FIRST_BYTES = 1 << 16
 _MOST_BYTES = 1 << 27
-_BESIDE = ((1 << 10, 200), (1 << 18, 200))  # sizes of messages, and at most how many
+_HANDLED = ((1 << 10, 100), (1 << 18, 50))  # sizes of messages, and how many
 _ALL_PAIRS = 4  # among more nodes than this, only neighbours are timed
 _COLLECTIVES: tuple[CommKind, ...] = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 
@@ -58,7 +58,7 @@ def probe(device: torch.device, memory_bytes: int, site: str) -> list[Note]:
     for ranks in groups:
         for kind in _COLLECTIVES:
             rows += _grown(watch, partial(_collective, kind, ranks))
-    return [*rows, *_computing(watch), *_beside(watch, nodes)]
+    return [*rows, *_computing(watch), *_handled(watch, nodes)]
 
 
 def _places(watch: Stopwatch, memory_bytes: int, site: str) -> dict[str, list[object]]:
@@ -130,8 +130,8 @@ def _computing(watch: Stopwatch) -> Iterator[Note]:
             yield Note("compute", {"rank": rank, "op": asdict(op), "seconds": seconds})
 
 
-def _beside(watch: Stopwatch, nodes: list[tuple[int, ...]]) -> Iterator[Note]:
-    """Small matrix products, beside small messages and large ones; a GPU sends by itself.
+def _handled(watch: Stopwatch, nodes: list[tuple[int, ...]]) -> Iterator[Note]:
+    """What a processor has to do for small messages and for large ones; a GPU sends by itself.
 
     Inside nodes where all have several ranks: there, much can be sent in a moment.
     """
@@ -141,12 +141,11 @@ def _beside(watch: Stopwatch, nodes: list[tuple[int, ...]]) -> Iterator[Note]:
     ring = next(ranks for ranks in nodes if watch.rank in ranks)
     if min(map(len, nodes)) == 1:
         ring = tuple(range(watch.world))
-    for size, most in _BESIDE:
-        messages, alone, beside = watch.beside(partial(torch.matmul, a, b), ring, size, most)
-        for rank, row in enumerate(watch.everyone(*alone, *beside)):
-            about = {"rank": rank, "messages": 2 * messages, "bytes": 2 * messages * size}
-            half = len(alone)
-            yield Note("beside", about | {"alone": row[:half], "seconds": row[half:]})
+    for size, count in _HANDLED:
+        took = watch.handled(partial(torch.matmul, a, b), ring, size, count)
+        for rank, row in enumerate(watch.everyone(*took)):
+            about = {"rank": rank, "messages": 2 * count, "bytes": 2 * count * size}
+            yield Note("handled", about | {"seconds": row})
 
 
 def _works(device: torch.device) -> Iterator[tuple[Compute, Callable[[], object]]]:

@@ -22,7 +22,7 @@ from longspan.layout import Order, local_length
 from longspan.schedule.heads import GPU_ROWS, HeadShares, trips
 from longspan.schedule.ops import Compute
 from longspan.schedule.ring import Block, Ring
-from longspan.schedule.ring_tasks import AttentionKernels
+from longspan.schedule.ring_tasks import CPU_TILE, AttentionKernels
 from longspan.schedule.rounds import Round, Travels, cheapest, rounds, turns
 
 __all__ = ["Came", "Priced", "Pricer", "Send", "Step", "Way", "WayName"]
@@ -297,10 +297,12 @@ class Pricer:
             rows, columns = block.q_stop - block.q_start, block.kv_stop - block.kv_start
             key = (kernels, rows, columns, block.causal, parts, backward, self.cluster.kinds[rank])
             if key not in self._computed:
+                on_cpu = self.cluster.kinds[rank].startswith("cpu")
+                own = replace(kernels, tile=CPU_TILE if on_cpu else 1)
                 alone = Round(0, (block,), (), (), parts=parts)
                 self._computed[key] = sum(
                     seconds(op, self.cluster, (rank,))
-                    for _, op in kernels.attend(alone, False, backward)
+                    for _, op in own.attend(alone, False, backward)
                 )
             total += self._computed[key]
         return total

@@ -183,7 +183,7 @@ def _degrees(prices: Prices, tokens: int) -> list[int]:
 def _too_long(index: int | None, tokens: int, prices: Prices) -> str:
     most = max(price.most_tokens for pool in prices.pools for price in pool.prices)
     one = max(pool.prices[0].most_tokens // pool.prices[0].ranks for pool in prices.pools)
-    needed = prices.bytes_of(-(-tokens // prices.world))
+    needed = prices.bytes_of(-(-tokens // prices.world), prices.world > 1)
     what = (
         f"a sequence of {tokens:,} tokens"
         if index is None
@@ -225,6 +225,8 @@ def _group(team: Team, prices: Prices, order: Ints, taken: list[int]) -> Group:
         inside=inside,
         seconds=team.seconds,
         sent_bytes=sent,
-        peak_bytes=prices.bytes_of(-(-team.tokens // len(ranks))),
+        peak_bytes=prices.bytes_of(
+            -(-team.tokens // len(ranks)), inside == "heads" and len(ranks) > 1
+        ),
         sent_s=waits,
     )

@@ -131,7 +131,8 @@ class Forecaster:
         micro_s = max(slowest, gather_s) if work.overlaps else slowest + gather_s
         step_s = setup.accumulate * micro_s + state.batch_s()
         tokens = setup.accumulate * dp * self.pack_tokens
-        return Forecast(step_s, tokens, state.bytes_of(-(-held // sp)))
+        most = max(-(-held // sp), *(self._most(setup, sp, ends) for ends in self.documents))
+        return Forecast(step_s, tokens, state.bytes_of(most, _exchanged(setup, sp)))
 
     def _group_s(
         self, work: Workload, setup: Setup, ranks: tuple[int, ...], ends: tuple[int, ...]
@@ -162,10 +163,7 @@ class Forecaster:
         self, work: Workload, setup: Setup, ranks: tuple[int, ...], ends: tuple[int, ...]
     ) -> tuple[int, float, float]:
         model, order = work.model, Order.of(setup.order)
-        most = -(-ends[-1] // len(ranks))
-        if order is Order.BALANCED:
-            shares = balanced(ends, len(ranks))
-            most = max(sum(stop - start for start, stop in share) for share in shares)
+        most = self._most(setup, len(ranks), ends)
         kernels = AttentionKernels(
             model.heads, model.kv_heads, model.head_dim, work.dtype, model.dtype_bytes
         )
@@ -178,6 +176,14 @@ class Forecaster:
         )
         return most, priced.forward_s, priced.backward_s
 
+    @staticmethod
+    def _most(setup: Setup, ranks: int, ends: tuple[int, ...]) -> int:
+        """The busiest rank's tokens of a pack."""
+        if Order.of(setup.order) is not Order.BALANCED:
+            return -(-ends[-1] // ranks)
+        shares = balanced(ends, ranks)
+        return max(sum(stop - start for start, stop in share) for share in shares)
+
     def most_tokens(self, setup: Setup) -> int:
         """The most tokens of a sequence that a setup's ranks hold together; 0: not even one."""
         work = replace(
@@ -186,9 +192,16 @@ class Forecaster:
         state = work.state(setup.sharding, reduce_once=setup.accumulate > 1)
         sp = setup.sp or self.work.cluster.ranks
         try:
-            return sp * min(state.most_tokens(kind) for kind in set(self.work.cluster.kinds))
+            exchanged = _exchanged(setup, sp)
+            return sp * min(
+                state.most_tokens(kind, exchanged) for kind in set(self.work.cluster.kinds)
+            )
         except MemoryLimitError:
             return 0
+
+
+def _exchanged(setup: Setup, ranks: int) -> bool:
+    return setup.inside == "heads" and ranks > 1
 
 
 def _expected_most(values: Sequence[float], draws: int) -> float:

@@ -108,13 +108,14 @@ class Prices:
     The last pool of several is of all nodes, at the pace of the slowest. ``gather_s`` and
     ``batch_s`` are what all ranks take together, once a micro-batch and once a batch; with
     ``overlap`` the former runs while they compute. ``pairs_of`` counts the query-key pairs of
-    sequences of so many tokens, ``bytes_of`` what a rank holds that has so many tokens.
+    sequences of so many tokens, ``bytes_of`` what a rank holds that has so many tokens, and whether
+    it exchanges heads.
     """
 
     nodes: tuple[tuple[int, ...], ...]
     pools: tuple[Pool, ...]
     pairs_of: Callable[[Ints], Floats]
-    bytes_of: Callable[[int], int]
+    bytes_of: Callable[[int, bool], int]
     gather_s: float = 0.0
     batch_s: float = 0.0
     overlap: bool = False

@@ -90,7 +90,7 @@ def published_prices(
     return Prices(ranks, (Pool((0,), 1.0, prices),), _squares, held)
 
 
-def _held(state: float, token_bytes: float, tokens: int) -> int:
+def _held(state: float, token_bytes: float, tokens: int, exchanged: bool) -> int:
     return int(state + token_bytes * tokens)
 
 

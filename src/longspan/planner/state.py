@@ -24,7 +24,10 @@ _ADAM_BYTES = 64  # that Adam and the clipping of gradients move a parameter, in
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What is spread by ``sharding``, and how much a rank keeps of a token's activations."""
+    """What is spread by ``sharding``, and how much a rank keeps of a token's activations.
+
+    ``step_s``: what the optimizer was measured to take, at least.
+    """
 
     cluster: Cluster
     model: Transformer
@@ -33,6 +36,7 @@ class State:
     memory_limit: int | None
     checkpointing: Checkpointing
     attention_kept: float
+    step_s: float = 0.0
 
     @property
     def shards(self) -> int:
@@ -49,27 +53,23 @@ class State:
             "shards": self.shards,
             "checkpointing": self.checkpointing,
             "attention_kept": self.attention_kept,
+            "whole_gradients": self.reduce_once,
         }
 
-    @property
-    def _whole_gradients(self) -> int:
-        return 4 * self.model.params if self.reduce_once and self.shards > 1 else 0
+    def bytes_of(self, tokens: int, exchanged: bool) -> int:
+        """What a rank holds that has so many tokens; ``exchanged``: heads for tokens."""
+        return memory(self.model, tokens, exchanged=exchanged, **self._how).total
 
-    def bytes_of(self, tokens: int) -> int:
-        """What a rank holds that has so many tokens."""
-        total = memory(self.model, tokens, **self._how).total
-        return total + self._whole_gradients
-
-    def most_tokens(self, kind: str) -> int:
+    def most_tokens(self, kind: str, exchanged: bool) -> int:
         """The most tokens that fit a device of a kind."""
         limit = int(self.cluster.devices[kind].memory_bytes)
         limit = min(limit, self.memory_limit or limit)
-        room = limit - self._whole_gradients
-        found = longest(self.model, room, **self._how) if room > 0 else 0
+        found = longest(self.model, limit, exchanged=exchanged, **self._how)
         if found < 1:
+            least = self.bytes_of(1, exchanged) / 2**30
             raise MemoryLimitError(
-                f"the model takes {self.bytes_of(1) / 2**30:.2f} GiB on each rank before the first "
-                f"token, with parameters sharded over {self.shards}, and a device has "
+                f"the model takes {least:.2f} GiB on each rank before the first token, with "
+                f" parameters sharded over {self.shards}, and a device has "
                 f"{limit / 2**30:.2f} GiB: use more ranks, or full checkpointing"
             )
         return found
@@ -106,7 +106,7 @@ class State:
     def batch_s(self) -> float:
         """The optimizer's step, and the reduction of gradients that stayed."""
         moved = _ADAM_BYTES * self.model.params / self.shards
-        step = seconds(Compute("copy", 0.0, moved), self.cluster)
+        step = max(self.step_s, seconds(Compute("copy", 0.0, moved), self.cluster))
         return step + (self._reduce_s() if self.reduce_once else 0.0)
 
     def _reduce_s(self) -> float:

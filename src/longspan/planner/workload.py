@@ -19,7 +19,7 @@ from longspan.planner.prices import Floats, Ints, Pool, Price, Prices, Sharding
 from longspan.planner.state import State
 from longspan.planner.wires import Wires
 from longspan.schedule.ring import Block
-from longspan.schedule.ring_tasks import AttentionKernels
+from longspan.schedule.ring_tasks import CPU_TILE, AttentionKernels, tiled_pairs
 from longspan.schedule.rounds import Round
 
 __all__ = ["Rates", "Workload", "shardings"]
@@ -33,11 +33,15 @@ _ALL_SIZES = 64  # above it not every size of a group is tried, but steps of 4 %
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Seconds of one device, forward and backward: a micro-batch, each token, each pair."""
+    """Seconds of one device, forward and backward: a micro-batch, each token, each pair.
+
+    ``step_s``: of the clipping of gradients and the optimizer, once a step; 0: not known.
+    """
 
     micro_batch_s: float
     token_s: float
     pair_s: float
+    step_s: float = 0.0
 
     @classmethod
     def slowest(cls, rates: "Sequence[Rates]") -> "Rates":
@@ -46,6 +50,7 @@ class Rates:
             max(rate.micro_batch_s for rate in rates),
             max(rate.token_s for rate in rates),
             max(rate.pair_s for rate in rates),
+            max(rate.step_s for rate in rates),
         )
 
 
@@ -69,8 +74,11 @@ class Workload:
     overlap: bool | None = None
 
     def pairs(self, tokens: Ints) -> Floats:
-        """Query-key pairs of causal documents of so many tokens."""
+        """Query-key pairs of causal documents of so many tokens, as kernels compute them."""
         n = tokens.astype(np.float64)
+        if self.window is None and any(kind.startswith("cpu") for kind in self.cluster.kinds):
+            tiled: Floats = tiled_pairs(n, CPU_TILE)
+            return tiled
         seen = n if self.window is None else np.minimum(n, self.window)
         found: Floats = seen * (seen + 1) / 2 + (n - seen) * seen
         return found
@@ -134,6 +142,7 @@ class Workload:
         return State(
             *(self.cluster, self.model, sharding, reduce_once, self.memory_limit),
             *(self.checkpointing, self.attention_kept),
+            step_s=max(rates.step_s for rates in self.rates.values()) if self.rates else 0.0,
         )
 
     def prices(self, sharding: Sharding, *, reduce_once: bool = True) -> Prices:
@@ -196,9 +205,12 @@ class Workload:
     ) -> Pool:
         slowest = Rates.slowest([self.rates_of(kind) for kind in kinds])
         devices = [self.cluster.devices[kind] for kind in kinds]
-        most = min(state.most_tokens(kind) for kind in kinds)
+        # A group of several may exchange heads.
+        most = [
+            min(state.most_tokens(kind, several) for kind in kinds) for several in (False, True)
+        ]
         found = tuple(
-            self._price(size, slowest, devices, most, wires)
+            self._price(size, slowest, devices, most[size > 1], wires)
             for size in sizes
             if (size & (size - 1) == 0 if self.powers_of_two else _tried(size, wires.node))
         )

@@ -7,7 +7,7 @@ gradients set off once it is computed and those that came in for it are added. T
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from longspan.errors import ConfigError
 from longspan.layout import Order
@@ -15,13 +15,24 @@ from longspan.schedule.ops import Comm, Compute, Op, Task
 from longspan.schedule.ring import Ring
 from longspan.schedule.rounds import Round, Transfer, rounds
 
-__all__ = ["AttentionKernels", "Kernels", "Named", "ring_tasks"]
+__all__ = ["CPU_TILE", "AttentionKernels", "Kernels", "Named", "ring_tasks", "tiled_pairs"]
 
 Named = tuple[str, Compute]
+CPU_TILE = 512  # torch's flash attention for CPUs computes so many columns together
 _BACKWARD = 2.5  # five matrix products to forward's two
+_ADDS = (12, 10)  # kernels, of views as well, that add a block's results up, forward and backward
 # Kernels of a pass that adds a block's results up: forward's of ``attention.merge``, and backward's
 # of the gradients of queries, keys and values.
 _MERGE, _ADD = 10, 3
+
+
+def tiled_pairs(tokens: Any, tile: int) -> Any:
+    """Query-key pairs that a kernel computes of causal documents; ``tokens`` may be an array.
+
+    A row sees the tokens before it, in whole tiles: with ``tile`` 1 those that it has to.
+    """
+    whole, rest = tokens // tile, tokens % tile
+    return tile * tile * (whole * (whole + 1) / 2) + rest * tokens
 
 
 class Kernels(Protocol):
@@ -46,6 +57,7 @@ class AttentionKernels:
 
     A query-key pair costs 4·``head_dim`` flops a head, and 2.5 times that in backward (Dao, arXiv
     2307.08691, section 4.1). A pass reads the results and the float32 sum, and writes the sum.
+    ``tile``: of a causal block's columns a row computes all in whole tiles (``tiled_pairs``).
     """
 
     heads: int
@@ -53,6 +65,7 @@ class AttentionKernels:
     head_dim: int
     dtype: str = "bfloat16"
     dtype_bytes: int = 2
+    tile: int = 1
 
     def __post_init__(self) -> None:
         """Raises ConfigError for heads that can't be."""
@@ -106,7 +119,10 @@ class AttentionKernels:
         found: list[Named] = []
         heads, kv_heads = self.heads // turn.parts, self.kv_heads // turn.parts
         for block in turn.blocks:
-            flops = factor * 4 * heads * self.head_dim * block.pairs
+            pairs = block.pairs
+            if block.causal:
+                pairs = round(float(tiled_pairs(block.q_stop - block.q_start, self.tile)))
+            flops = factor * 4 * heads * self.head_dim * pairs
             numbers = heads * (block.q_stop - block.q_start)
             if backward:
                 numbers += 2 * kv_heads * (block.kv_stop - block.kv_start)

@@ -55,6 +55,8 @@ def check_memory(
         "shards": world,
         "checkpointing": config.train.checkpointing,
         "attention_kept": config.train.attention_kept,
+        "exchanged": config.parallel.inside == "heads" and sp > 1,
+        "whole_gradients": config.train.accumulate > 1,
         "loss_tokens": CHUNK_TOKENS,
     }
     own = -(-tokens // sp)

@@ -7,7 +7,7 @@ micro-batches are mostly made of, and kernels and messages have it whatever thei
 """
 
 import time
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from statistics import median
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from longspan.cluster.spec import Cluster
 from longspan.data.packing import PackedSequence
 from longspan.planner.workload import Rates
+from longspan.schedule.ring_tasks import CPU_TILE, tiled_pairs
 from longspan.train.batches import Place
 from longspan.train.step import StepRunner
 
@@ -41,8 +42,10 @@ def measure_rates(
     # FSDP2 has added the gradients up out of reach; to be forgotten they must be reduced first.
     runner.reduce_gradients(True)
     _pass(runner, place, [1])
+    step_s = _step_s(runner)
     runner.model.zero_grad()
-    found_here = told_apart(usual, count, least, many, one)
+    tile = CPU_TILE if runner.device.type == "cpu" else 1
+    found_here = replace(told_apart(usual, count, least, many, one, tile), step_s=step_s)
     own = torch.tensor(astuple(found_here), dtype=torch.float64, device=runner.device)
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own)
@@ -54,10 +57,15 @@ def measure_rates(
     return found
 
 
-def told_apart(usual: int, count: int, least_s: float, many_s: float, one_s: float) -> Rates:
-    """The rates by which one token, ``count`` documents of ``usual`` and one as long take so."""
+def told_apart(
+    usual: int, count: int, least_s: float, many_s: float, one_s: float, tile: int
+) -> Rates:
+    """The rates by which one token, ``count`` documents of ``usual`` and one as long take so.
+
+    ``tile``: that of the pairs that attention computes (``tiled_pairs``).
+    """
     tokens = usual * count
-    pairs, all_pairs = count * usual * (usual + 1) / 2, tokens * (tokens + 1) / 2
+    pairs, all_pairs = count * tiled_pairs(usual, tile), tiled_pairs(tokens, tile)
     pair_s = max(0.0, (one_s - many_s) / (all_pairs - pairs))
     # Noise must not make tokens free.
     token_s = max(many_s - least_s - pair_s * (pairs - 1), 0.1 * many_s) / (tokens - 1)
@@ -68,6 +76,23 @@ def _seconds(runner: StepRunner, place: Place, lengths: list[int]) -> float:
     """The median of some passes over documents of these lengths, after one that doesn't count."""
     runner.reduce_gradients(False)
     return median([_pass(runner, place, lengths) for _ in range(_REPEATS + 1)][1:])
+
+
+def _step_s(runner: StepRunner) -> float:
+    """The median of some steps of an optimizer that changes nothing, after one to begin with."""
+    parameters = list(runner.model.parameters())
+    still = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+
+    def step() -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        still.step()
+        if runner.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return median([step() for _ in range(_REPEATS + 1)][1:])
 
 
 def _pass(runner: StepRunner, place: Place, lengths: list[int]) -> float:
