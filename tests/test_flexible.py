@@ -25,6 +25,7 @@ from longspan.comm.groups import Groups
 from longspan.comm.mesh import make_mesh
 from longspan.errors import ConfigError, LayoutError
 from longspan.plan import BatchPlan, Group, MicroBatch
+from longspan.planner.prices import Sharding
 from longspan.planner.workload import Rates
 from longspan.trace import Note, curve, read_trace
 from longspan.train.batches import Batches
@@ -63,7 +64,9 @@ def eight() -> Iterator[Ranks]:
     ranks.stop(kill=True)
 
 
-def random_plan(lengths: list[int], world: int, draw: random.Random) -> BatchPlan:
+def random_plan(
+    lengths: list[int], world: int, draw: random.Random, sharding: Sharding = "world"
+) -> BatchPlan:
     """Any groups side by side, some ranks in none; overlapping those of other micro-batches."""
     left = list(range(len(lengths)))
     draw.shuffle(left)
@@ -79,7 +82,7 @@ def random_plan(lengths: list[int], world: int, draw: random.Random) -> BatchPla
             groups.append(Group(members, chosen, inside, 0.0, 0, 0))
         micro_batches.append(MicroBatch(tuple(groups), 0.0))
     once = draw.random() < 0.7
-    return BatchPlan(tuple(lengths), tuple(micro_batches), "world", 0.0, 0.0, once)
+    return BatchPlan(tuple(lengths), tuple(micro_batches), sharding, 0.0, 0.0, once)
 
 
 def exact(_: DeviceMesh, documents: Path, shards: int, seed: int, train: dict) -> Exactness | None:
@@ -100,17 +103,21 @@ def exact(_: DeviceMesh, documents: Path, shards: int, seed: int, train: dict) -
     runner = StepRunner(model, mesh, "zigzag")
     groups = Groups("cpu", most=3)
     pieces = batches.documents_of(seed * 24, 24)
-    plan = random_plan([piece.length for piece in pieces], world, random.Random(seed))
+    sharding: Sharding = "none" if shards == 1 else "world"
+    plan = random_plan([p.length for p in pieces], world, random.Random(seed), sharding)
     own = grouped(plan, pieces, batches.store, groups, 0)
     sequences = group_sequences(plan, pieces, batches.store)
     found = exactness(runner, batches, config, own, sequences)
     groups.close()
+    busy = [any(dist.get_rank() in g.ranks for g in m.groups) for m in plan.micro_batches]
+    waits = sharding == "world" or not plan.reduce_once
+    assert len(own.sequences) == (len(busy) if waits else sum(busy[:-1]) + 1)
     return found
 
 
 @pytest.mark.parametrize(
     ("shards", "seed", "train"),
-    [(4, 0, {}), (4, 1, {"checkpointing": "selective"}), (2, 2, {}), (1, 3, {}), (4, 4, {})],
+    [(4, 0, {}), (4, 1, {"checkpointing": "selective"}), (2, 2, {}), (1, 6, {}), (4, 4, {})],
 )
 def test_a_planned_step_is_one_process(
     ranks: Ranks, documents: Path, shards: int, seed: int, train: dict

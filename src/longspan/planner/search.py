@@ -13,7 +13,8 @@ import numpy as np
 
 from longspan.planner.alone import Batch
 from longspan.planner.cuts import Cut, shortest
-from longspan.planner.pack import best_shelf, even_shelf, full_shelf
+from longspan.planner.pack import Known, best_shelf, even_shelf, full_shelf
+from longspan.planner.prices import Ints
 from longspan.planner.teams import Shelf
 
 __all__ = ["search", "total_s"]
@@ -21,7 +22,7 @@ __all__ = ["search", "total_s"]
 _FEW = 16  # so few sequences are all moved one by one
 _HOPE = 0.95  # packings take at least about so much of what fluids do
 _REPACKED = 1024  # of so few sequences every micro-batch is packed at other limits, too
-_WORK = 32_000  # about so many sequences and groups are placed, in all packings together;
+_WORK = 10_000  # about so many sequences and groups are placed, in all packings together;
 _EACH = 16  # a micro-batch counts as so many more
 # By how much a cut's time limits are scaled: at first, those that snap and those that don't; then
 # from the best, more and more finely.
@@ -43,6 +44,8 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
 
     None are returned if there is no hope that they take less than ``under_s``.
     """
+    if batch.least_s(np.arange(len(batch.tokens))) >= under_s:
+        return []
     cut = shortest(batch)
     if cut.seconds * _HOPE >= under_s:
         return []
@@ -74,6 +77,8 @@ class _Tries:
         self.best: list[Shelf] = []
         self.least = under_s
         self.way = _Way(1.0, True)
+        self.known: Known = {}
+        self.evened: dict[bytes, Shelf | None] = {}
         # What is sought beside powers of two has half the work.
         self.work = _WORK // 2 if batch.any_size and not batch.powers else _WORK
 
@@ -90,12 +95,12 @@ class _Tries:
             if took + batch.least_s(rest) >= self.least:
                 return
             limit = max(limits[min(len(shelves), len(limits) - 1)] * way.scale, floor)
-            shelf, left = full_shelf(batch, rest, limit, unit=way.unit, snap=way.snap)
+            shelf, left = full_shelf(batch, rest, limit, self.known, unit=way.unit, snap=way.snap)
             if not shelf.items:  # groups of so many ranks are too few, or too slow
                 assert way.unit > 1  # else the longest has room, as all ranks are free
                 return
             if not len(left):
-                even = even_shelf(batch, rest, max(batch.floor_s(rest), floor))
+                even = self._even(rest, floor)
                 shelf = even if even and even.seconds < shelf.seconds else shelf
             self.work -= len(rest) - len(left) + len(shelf.teams) + _EACH
             shelves.append(shelf)
@@ -103,6 +108,13 @@ class _Tries:
             rest = left
         if took < self.least:
             self.best, self.least, self.way = shelves, took, way
+
+    def _even(self, rest: Ints, floor: float) -> Shelf | None:
+        key = rest.tobytes()
+        if key not in self.evened:
+            limit = max(self.batch.floor_s(rest), floor)
+            self.evened[key] = even_shelf(self.batch, rest, limit)
+        return self.evened[key]
 
 
 def _repacked(batch: Batch, shelf: Shelf) -> Shelf:
