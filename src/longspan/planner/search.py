@@ -21,9 +21,10 @@ __all__ = ["search", "total_s"]
 
 _FEW = 16  # so few sequences are all moved one by one
 _HOPE = 0.95  # packings take at least about so much of what fluids do
-_REPACKED = 1024  # of so few sequences every micro-batch is packed at other limits, too
-_WORK = 10_000  # about so many sequences and groups are placed, in all packings together;
-_EACH = 16  # a micro-batch counts as so many more
+_SOME = 1024  # of so few sequences every micro-batch is packed at other limits, too
+# About so many sequences and groups are placed, in all packings of some or of more sequences
+# together; a micro-batch counts as so many more.
+_WORK, _MORE_WORK, _EACH = 10_000, 32_000, 16
 # By how much a cut's time limits are scaled: at first, those that snap and those that don't; then
 # from the best, more and more finely.
 _SNAPPED, _PLAIN, _STEPS = (1.0, 1.15, 1.35), (1.0, 1.1), (0.05, 0.025, 0.0125)
@@ -64,7 +65,7 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
         for scale in (way.scale * (1 + step), way.scale / (1 + step)):
             tries.pack(replace(way, scale=scale))
     best = tries.best
-    if len(batch.tokens) <= _REPACKED:
+    if len(batch.tokens) <= _SOME:
         best = [_repacked(batch, shelf) for shelf in best]
     return _improved(batch, best) if few else best
 
@@ -79,8 +80,9 @@ class _Tries:
         self.way = _Way(1.0, True)
         self.known: Known = {}
         self.evened: dict[bytes, Shelf | None] = {}
-        # What is sought beside powers of two has half the work.
-        self.work = _WORK // 2 if batch.any_size and not batch.powers else _WORK
+        self.work = _WORK if len(batch.tokens) <= _SOME else _MORE_WORK
+        if batch.any_size and not batch.powers:  # sought beside powers of two: half the work
+            self.work //= 2
 
     def pack(self, way: _Way) -> None:
         """Each micro-batch filled up, what doesn't fit goes to the next; the last one evenly."""

@@ -5,6 +5,7 @@ Both take sequences longest first. They are the search's innermost loops.
 
 import heapq
 from bisect import bisect_right
+from itertools import chain, repeat
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from longspan.planner.teams import Team
 
 __all__ = ["fill", "spread"]
 
+_ALIKE = 4  # for so many groups of one line it is worth while to make a list of what each adds
 _SCANNED = 12  # so few groups are all looked at for each sequence
 
 
@@ -27,22 +29,24 @@ def fill(teams: list[Team], items: Ints, tokens: Ints, pairs: Floats, end_s: flo
     sizes, squares = tokens[::-1].tolist(), pairs[::-1].tolist()
     line: _Line | None = None
     more: list[float] = []  # what each of the rest adds to groups of that line
-    for team in teams:
+    lines = [_line(team) for team in teams]
+    later = chain(lines[_ALIKE:], repeat(None))
+    for team, own, following in zip(teams, lines, later, strict=False):
         if not rest:
             break
-        own = _line(team)
         fixed, token_s, pair_s, ring = own
-        if own != line and ring is None:
-            left = np.array(sizes, dtype=np.float64), np.array(squares)
-            more = (token_s * left[0] + pair_s * left[1]).tolist()
-        line, room = own, team.price.most_tokens - team.tokens
+        room = team.price.most_tokens - team.tokens
         place = bisect_right(sizes, room)
-        if ring is not None:
+        if ring is not None or own not in (line, following):
             while place and (place := _in_time(own, team, sizes, squares, place, end_s)):
                 place -= 1
                 team.add(rest.pop(place), sizes.pop(place), squares.pop(place))
                 place = bisect_right(sizes, team.price.most_tokens - team.tokens)
+            line = None
             continue
+        if own != line:
+            more = [token_s * n + pair_s * q for n, q in zip(sizes, squares, strict=True)]
+            line = own
         # Time and memory only shrink, so that no longer one than the last one fits.
         taken, seen = team.items, team.pairs
         spare = end_s - (fixed + token_s * team.tokens + pair_s * seen)
