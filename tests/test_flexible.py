@@ -33,7 +33,8 @@ from longspan.train.config import Config, load_config
 from longspan.train.exactness import Exactness, exactness
 from longspan.train.grouped import group_sequences, grouped
 from longspan.train.inspect import inspect
-from longspan.train.parallelize import build_model, parallelize
+from longspan.train.parallelize import build_model, model_config, parallelize
+from longspan.train.planning import Planning
 from longspan.train.rates import told_apart
 from longspan.train.step import StepRunner
 
@@ -251,6 +252,16 @@ def test_a_flexible_run_and_what_it_goes_on_with(documents: Path, tmp_path: Path
     after = list(read_trace(trace))[len(before) :]
     assert curve(after, "loss") == losses[KEPT:]
     assert curve(after, "planner_restarts")[-1][1] == 1
+
+
+def test_parameters_are_sharded_where_memory_asks_for_it(documents: Path, tmp_path: Path) -> None:
+    path, found = write_config(documents, tmp_path), []
+    for memory in (2_300_000, 2**30):
+        config = load_config(path, (f"parallel.memory_bytes={memory}",))
+        batches = Batches(config)
+        planning = Planning(config, batches, model_config(config, batches.tokenizer.vocab_size))
+        found.append(planning.best_sharding(batches.lengths_of(0, 24)))
+    assert found == ["world", "none"]
 
 
 def test_three_times_tell_the_rates_apart() -> None:

@@ -69,16 +69,18 @@ class Planning:
         best, wrong = "", ""
         if dist.get_rank() == 0:
             try:
-                best = self._best(self._batches.lengths_of(0, self._size))
+                best = self.best_sharding(self._batches.lengths_of(0, self._size))
             except LongspanError as error:
                 wrong = str(error)
         if wrong := leaders_words(wrong):
             raise PlanError(wrong)
         return leaders_words(best)  # type: ignore[return-value]
 
-    def _best(self, lengths: tuple[int, ...]) -> Sharding:
+    def best_sharding(self, lengths: tuple[int, ...]) -> Sharding:
+        """What suits these lengths: whole parameters, if all else gains little."""
         plan = self._plan(lengths)
         with suppress(MemoryLimitError):
+            self._plan((self._batches.longest_piece,), sharding="none")  # it will come
             whole = self._plan(lengths, sharding="none")
             if whole.seconds <= plan.seconds * _AS_GOOD:
                 return "none"
