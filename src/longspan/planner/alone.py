@@ -73,11 +73,11 @@ class Batch:
 
     @cached_property
     def smallest_areas(self) -> Floats:
-        """Rank-seconds of all sequences alone in the smallest group, beside its fixed time."""
+        """Rank-seconds of all sequences alone in the smallest group, beside what it takes anyway."""
         least = np.full(len(self.tokens), np.inf)
         for pool, times in zip(self.prices.pools, self.smallest_s, strict=True):
-            price = pool.prices[0]
-            least = np.minimum(least, (times - price.fixed_s) * price.ranks * pool.weight)
+            own = np.maximum(times - pool.anyway_s[0], 0.0)
+            least = np.minimum(least, own * pool.prices[0].ranks * pool.weight)
         return least
 
     @cached_property
@@ -85,8 +85,8 @@ class Batch:
         """The fewest rank-seconds each sequence takes, beside what a group takes anyway."""
         least = self.smallest_areas.copy()
         for pool, times in zip(self.prices.pools, self.times, strict=True):
-            c = pool.columns
-            own = ((times - c.fixed_s) * c.ranks * pool.weight).min(axis=1)
+            own = np.maximum(times - pool.anyway_s, 0.0) * pool.columns.ranks * pool.weight
+            own = own.min(axis=1)
             least[: self.long] = np.minimum(least[: self.long], own)
         return least
 

@@ -28,6 +28,7 @@ _WORK, _MORE_WORK, _EACH = 10_000, 32_000, 16
 # By how much a cut's time limits are scaled: at first, those that snap and those that don't; then
 # from the best, more and more finely.
 _SNAPPED, _PLAIN, _STEPS = (1.0, 1.15, 1.35), (1.0, 1.1), (0.05, 0.025, 0.0125)
+_FULL = 1e3  # so that only memory limits a micro-batch: where all groups are alike, none waits
 _UNITS = (4, 8)  # ranks of short sequences' groups, where one each may be less full of memory
 
 
@@ -55,7 +56,9 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
     ways = [_Way(scale, True) for scale in _SNAPPED] + [_Way(scale, False) for scale in _PLAIN]
     for way in ways:
         tries.pack(way)
-    if batch.only is None:
+    if batch.only is not None:
+        tries.pack(_Way(_FULL, False))
+    else:
         loose = len(tries.best) > batch.least_count(np.arange(len(batch.tokens)))
         for way in ways if loose else [tries.way, replace(tries.way, snap=not tries.way.snap)]:
             for unit in _UNITS:
