@@ -73,7 +73,7 @@ class Batch:
 
     @cached_property
     def smallest_areas(self) -> Floats:
-        """Rank-seconds of all sequences alone in the smallest group, beside what it takes anyway."""
+        """Rank-seconds of all sequences alone in the smallest group, beside what that takes."""
         least = np.full(len(self.tokens), np.inf)
         for pool, times in zip(self.prices.pools, self.smallest_s, strict=True):
             own = np.maximum(times - pool.anyway_s[0], 0.0)
