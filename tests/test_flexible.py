@@ -21,6 +21,7 @@ from ranks import Ranks
 from test_train import command, train
 from torch.distributed.device_mesh import DeviceMesh
 
+from longspan.cluster.memory import memory
 from longspan.comm.groups import Groups
 from longspan.comm.mesh import make_mesh
 from longspan.errors import ConfigError, LayoutError
@@ -31,6 +32,7 @@ from longspan.trace import Note, curve, read_trace
 from longspan.train.batches import Batches
 from longspan.train.config import Config, load_config
 from longspan.train.exactness import Exactness, exactness
+from longspan.train.fit import transformer_sizes
 from longspan.train.grouped import group_sequences, grouped
 from longspan.train.inspect import inspect
 from longspan.train.parallelize import build_model, model_config, parallelize
@@ -255,12 +257,15 @@ def test_a_flexible_run_and_what_it_goes_on_with(documents: Path, tmp_path: Path
 
 
 def test_parameters_are_sharded_where_memory_asks_for_it(documents: Path, tmp_path: Path) -> None:
-    path, found = write_config(documents, tmp_path), []
-    for memory in (2_300_000, 2**30):
-        config = load_config(path, (f"parallel.memory_bytes={memory}",))
-        batches = Batches(config)
-        planning = Planning(config, batches, model_config(config, batches.tokenizer.vocab_size))
-        found.append(planning.best_sharding(batches.lengths_of(0, 24)))
+    config = load_config(write_config(documents, tmp_path))
+    batches = Batches(config)
+    model = model_config(config, batches.tokenizer.vocab_size)
+    # With the whole model on each rank, memory for a little less than half of it, and for more.
+    share, found = batches.longest_piece // 2, []
+    for tokens in (share - 4, share + 1):
+        least = memory(transformer_sizes(config, model), tokens).total
+        own = load_config(write_config(documents, tmp_path), (f"parallel.memory_bytes={least}",))
+        found.append(Planning(own, batches, model).best_sharding(batches.lengths_of(0, 24)))
     assert found == ["world", "none"]
 
 

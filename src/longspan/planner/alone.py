@@ -114,8 +114,21 @@ class Batch:
 
     @property
     def small(self) -> bool:
-        """Whether there are few enough sequences, and sizes of groups, to try more ways."""
-        return len(self.tokens) * sum(len(pool.prices) for pool in self.prices.pools) <= _SMALL
+        """Whether there are few enough sequences, and sizes of groups, to try more ways.
+
+        Counted are powers of two, as with any size nothing may be left out that they have tried.
+        """
+        sizes = [price.ranks for pool in self.prices.pools for price in pool.prices]
+        powers = sum(size & (size - 1) == 0 for size in sizes)
+        return len(self.tokens) * (powers or len(sizes)) <= _SMALL
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The sizes that groups may have, of every pool."""
+        sizes = [price.ranks for pool in self.prices.pools for price in pool.prices]
+        if self.only is not None:
+            return [size for size in sizes if size == self.only]
+        return [size for size in sizes if not self.powers or size & (size - 1) == 0]
 
     @property
     def any_size(self) -> bool:

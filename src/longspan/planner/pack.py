@@ -64,10 +64,10 @@ def best_shelf(batch: Batch, items: Sequence[int], hint_s: float = 0.0) -> Shelf
     """
     where = np.array(sorted(items), dtype=np.int64)
     floor = batch.floor_s(where)
-    few = len(where) * sum(times.shape[1] for times in batch.times) <= _ALL_LIMITS
+    few = len(where) * len(batch.sizes) <= _ALL_LIMITS
     units = [batch.only or 1]
     if few and batch.only is None:
-        units = sorted({price.ranks for pool in batch.prices.pools for price in pool.prices})
+        units = sorted(set(batch.sizes))
     limits = _limits(batch, where, floor, hint_s, few)
     found = [_best(batch, where, limits, unit) for unit in units]
     return min(filter(None, found), key=lambda shelf: shelf.seconds, default=None)
