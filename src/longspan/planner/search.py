@@ -27,7 +27,7 @@ _SOME = 1024  # of so few sequences every micro-batch is packed at other limits,
 _WORK, _MORE_WORK, _EACH = 10_000, 32_000, 16
 # By how much a cut's time limits are scaled: at first, those that snap and those that don't; then
 # from the best, more and more finely.
-_SNAPPED, _PLAIN, _STEPS = (1.0, 1.15, 1.35), (1.0, 1.1), (0.05, 0.025, 0.0125)
+_SNAPPED, _PLAIN, _STEPS = (1.01, 1.15, 1.35), (1.0, 1.1), (0.05, 0.025, 0.0125)
 _FULL = 1e3  # so that only memory limits a micro-batch: where all groups are alike, none waits
 _UNITS = (4, 8)  # ranks of short sequences' groups, where one each may be less full of memory
 
