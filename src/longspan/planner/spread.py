@@ -138,8 +138,9 @@ def _line(team: Team) -> _Line:
     )
     if p.ring_fixed_s == np.inf:
         return *heads, None
-    ring = (p.fixed_s + p.ring_fixed_s, p.token_s, p.ring_pair_s, p.ring_token_s * team.share)
-    return *heads, ring
+    # What its transfers take from computing it takes in any case.
+    fixed, token_s = p.fixed_s + p.ring_fixed_s, p.token_s + p.ring_busy_s
+    return *heads, (fixed, token_s, p.ring_pair_s, p.ring_token_s * team.share - p.ring_busy_s)
 
 
 def _seconds(line: _Line, tokens: int, pairs: float) -> float:
