@@ -61,7 +61,7 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
     else:
         loose = len(tries.best) > batch.least_count(np.arange(len(batch.tokens)))
         for way in ways if loose else [tries.way, replace(tries.way, snap=not tries.way.snap)]:
-            for unit in _UNITS:
+            for unit in [unit for unit in _UNITS if unit in batch.sizes]:
                 tries.pack(replace(way, unit=unit))
     for step in _STEPS:
         way = tries.way
