@@ -225,10 +225,11 @@ def _devices(
             kinds[kind] = []
         kinds[kind].append(rank)
         kind_of.append(kind)
-    beside = [note.about for note in notes if note.kind == "beside"]
+    # All ranks of a name together, the slower ones, too: such small differences are told by many.
+    label, beside = place["kind"], [note.about for note in notes if note.kind == "beside"]
     devices = {
         kind: _device(ranks, place, rates)
-        | _taken([one for one in beside if one["rank"] in ranks], links)
+        | _taken([one for one in beside if label[one["rank"]] == label[ranks[0]]], links)
         for kind, ranks in kinds.items()
     }
     return devices, kind_of
