@@ -224,10 +224,11 @@ def _devices(
             kinds[kind] = []
         kinds[kind].append(rank)
         kind_of.append(kind)
-    handled = [note.about for note in notes if note.kind == "handled"]
+    # All ranks of a name together, the slower ones, too: such small differences are told by many.
+    label, handled = place["kind"], [note.about for note in notes if note.kind == "handled"]
     devices = {
         kind: _device(ranks, place, rates)
-        | _taken([one for one in handled if one["rank"] in ranks], links)
+        | _taken([one for one in handled if label[one["rank"]] == label[ranks[0]]], links)
         for kind, ranks in kinds.items()
     }
     return devices, kind_of

@@ -17,7 +17,7 @@ from longspan.planner.prices import Floats, Pool
 
 __all__ = ["lower_bound"]
 
-_STEPS = 30
+_STEPS = 20
 _SAME = 1 - 1e-9
 
 

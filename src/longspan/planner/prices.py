@@ -85,6 +85,14 @@ class Pool:
         arrays: list[Any] = [np.array(column) for column in zip(*self.prices, strict=True)]
         return Price(*arrays)
 
+    @cached_property
+    def anyway_s(self) -> Floats:
+        """By size, the most that a group takes before its first token: latencies, too."""
+        c = self.columns
+        ring = np.where(np.isfinite(c.ring_fixed_s), c.ring_fixed_s, 0.0)
+        found: Floats = c.fixed_s + np.maximum(c.heads_fixed_s, ring)
+        return found
+
     def seconds(self, tokens: Ints, pairs: Floats, share: Any = 1) -> Floats:
         """Seconds that each of these sequences takes alone by size: (sequences, sizes).
 

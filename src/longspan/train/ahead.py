@@ -19,7 +19,6 @@ Planner = Callable[[tuple[int, ...]], BatchPlan]
 
 # How often the process may die over one batch before it's taken to be the batch's fault.
 _TRIES = 3
-_GIVES_WAY = 10  # a plan is due some steps later; there is a processor idle now and then
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +101,12 @@ def _pool() -> ProcessPoolExecutor:
 
 
 def _settle() -> None:
-    """The planner's process gives way to training, and leaves when its parent has.
+    """The planner's process leaves when its parent has, and not for a signal to all.
 
-    It does not for a signal to all.
+    It takes what training leaves of the processor: a plan is due only some steps later, and a rank
+    that waits for others or for a link leaves much.
     """
-    os.nice(_GIVES_WAY)
+    os.nice(19)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
