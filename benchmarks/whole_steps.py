@@ -123,8 +123,10 @@ def time_steps(folder: Path) -> dict[str, Any]:
     dist.barrier()
     found: dict[str, Any] = {"fit": str(fit), "runs": []}
     for data, model in CASES:
-        runs = {name: {"data": data, "model": model, "setup": name, "step_s": [], "tokens": []}
-                for name in SETUPS}  # fmt: skip
+        runs: dict[str, dict[str, Any]] = {
+            name: {"data": data, "model": model, "setup": name, "step_s": [], "tokens": []}
+            for name in SETUPS
+        }
         if leader and data == "even":
             keep_rates(folder, model)
         with StopWish() as wish, ExitStack() as open_:

@@ -80,16 +80,15 @@ def test_the_peak_of_a_step_is_foreseen_and_never_more(
         chunked_loss(hidden, model.lm_head.weight, ids, chunk_tokens=256).backward()
 
     step()  # its gradients stay
-    how = {"checkpointing": checkpointing, "loss_tokens": 256}
-    foreseen = memory(sizes, tokens, **how)
+    foreseen = memory(sizes, tokens, checkpointing=checkpointing, loss_tokens=256)
     peak, expected = peak_bytes(step), foreseen.activations + foreseen.working
     assert peak <= expected <= 1.1 * peak
 
 
 def test_sharding_and_checkpointing_leave_less() -> None:
     whole, eighth = memory(SIZES, 1000), memory(SIZES, 1000, shards=8)
-    assert eighth.parameters == -(-whole.parameters // 8) and whole.gathered == 0
-    assert eighth.optimizer == 2 * eighth.gradients and eighth.gathered > 0
+    assert eighth.parameters == -(-whole.parameters // 8) and eighth.gathered > whole.gathered > 0
+    assert eighth.optimizer == 2 * eighth.gradients
     kept = [
         memory(SIZES, 1000, checkpointing=policy).activations
         for policy in ("full", "selective", "none")

@@ -163,11 +163,12 @@ def memory(
     in_norm += max(0, again - 4 * size * wide)
     backward = tokens * max(in_norm, again + 2 * size * (wide + width) - norm)
     backward += size * wide * width
-    whole = [outside * size, model.layer_params * size] if shards > 1 else [0, 0]
-    layer_gradients = model.layer_params * param_bytes if shards > 1 else 0
+    # What FSDP2 has whole are copies, also of one shard; of more, in the buffer they came in, too.
+    whole = outside * size + (model.layer_params * size if shards > 1 else 0)
+    layer = model.layer_params * (size + param_bytes)
     moments = [
-        Memory(*state, sum(whole), held, loss),
-        Memory(*state, sum(whole) + whole[1] + layer_gradients, held, head + backward),
+        Memory(*state, whole, held, loss),
+        Memory(*state, whole + layer, held, head + backward),
         Memory(*state[:1], params * param_bytes, state[2], 0, 0, params * param_bytes),
     ]
     return max(moments, key=lambda one: one.total)
