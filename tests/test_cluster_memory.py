@@ -81,7 +81,10 @@ def test_the_peak_of_a_step_is_foreseen_and_never_more(
 
     step()  # its gradients stay
     foreseen = memory(sizes, tokens, checkpointing=checkpointing, loss_tokens=256)
-    peak, expected = peak_bytes(step), foreseen.activations + foreseen.working
+    expected = foreseen.activations + foreseen.working
+    if checkpointing == "full":  # each layer's state of the generator of random numbers
+        expected += sizes.layers * torch.get_rng_state().nbytes
+    peak = peak_bytes(step)
     assert peak <= expected <= 1.1 * peak
 
 

@@ -263,7 +263,8 @@ def test_parameters_are_sharded_where_memory_asks_for_it(documents: Path, tmp_pa
     # With the whole model on each rank, memory for a little less than half of it, and for more.
     share, found = batches.longest_piece // 2, []
     for tokens in (share - 4, share + 1):
-        least = memory(transformer_sizes(config, model), tokens).total
+        sizes = transformer_sizes(config, model)
+        least = memory(sizes, tokens, exchanged=True).total
         own = load_config(write_config(documents, tmp_path), (f"parallel.memory_bytes={least}",))
         found.append(Planning(own, batches, model).best_sharding(batches.lengths_of(0, 24)))
     assert found == ["world", "none"]

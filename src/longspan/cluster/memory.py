@@ -150,19 +150,18 @@ def memory(
             again = whole_layer - size * width
     # Beside the layers': rotary embedding's cosines and sines; tokens, targets and positions.
     held = int(tokens * (model.layers * a_layer + norm + 2 * model.head_dim * size + 4 * 8))
-    head = 4 * model.vocab * width
+    head = 4 * model.vocab * (width + 1)
     # Cross entropy is done in fp32: logits in their own dtype, log-softmax, its gradient and
     # theirs, beside the gradients of the head and of what goes into it.
     logits = (12 + size) * model.vocab * min(tokens, loss_tokens)
     loss = logits + head + tokens * size * width
     # In backward of the last norm that all is kept for: numbers in fp32, and what comes in. In the
-    # last MLP's, which is before a layer's own norm's: gradients
-    # of two of its tensors, of what goes by, and of a matrix, before it is added; the norm's are
-    # gone.
+    # last MLP's, which is before a layer's own norm's: gradients of two of its tensors, of what goes
+    # by, and of two matrices, before they are added; the norm's are gone.
     in_norm = 16 * width + (size * width if size < 4 else 0)
     in_norm += max(0, again - 4 * size * wide)
     backward = tokens * max(in_norm, again + 2 * size * (wide + width) - norm)
-    backward += size * wide * width
+    backward += 2 * size * wide * width
     # What FSDP2 has whole are copies, also of one shard; of more, in the buffer they came in, too.
     whole = outside * size + (model.layer_params * size if shards > 1 else 0)
     layer = model.layer_params * (size + param_bytes)
