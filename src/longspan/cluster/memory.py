@@ -156,8 +156,8 @@ def memory(
     logits = (12 + size) * model.vocab * min(tokens, loss_tokens)
     loss = logits + head + tokens * size * width
     # In backward of the last norm that all is kept for: numbers in fp32, and what comes in. In the
-    # last MLP's, which is before a layer's own norm's: gradients of two of its tensors, of what goes
-    # by, and of two matrices, before they are added; the norm's are gone.
+    # last MLP's, which is before a layer's own norm's: gradients of two of its tensors, of what
+    # goes by, and of two matrices, before they are added; the norm's are gone.
     in_norm = 16 * width + (size * width if size < 4 else 0)
     in_norm += max(0, again - 4 * size * wide)
     backward = tokens * max(in_norm, again + 2 * size * (wide + width) - norm)

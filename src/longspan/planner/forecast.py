@@ -23,7 +23,7 @@ from longspan.planner.batches import plan_batch
 from longspan.planner.workload import Rates, Workload
 from longspan.schedule.ring_tasks import AttentionKernels
 
-__all__ = ["Forecast", "Forecaster"]
+__all__ = ["Forecast", "Forecaster", "most_tokens"]
 
 _MANY = 1024
 
@@ -131,7 +131,7 @@ class Forecaster:
         micro_s = max(slowest, gather_s) if work.overlaps else slowest + gather_s
         step_s = setup.accumulate * micro_s + state.batch_s()
         tokens = setup.accumulate * dp * self.pack_tokens
-        most = max(-(-held // sp), *(self._most(setup, sp, ends) for ends in self.documents))
+        most = max(-(-held // sp), *(most_tokens(ends, sp, setup.order) for ends in self.documents))
         return Forecast(step_s, tokens, state.bytes_of(most, _exchanged(setup, sp)))
 
     def _group_s(
@@ -163,26 +163,18 @@ class Forecaster:
         self, work: Workload, setup: Setup, ranks: tuple[int, ...], ends: tuple[int, ...]
     ) -> tuple[int, float, float]:
         model, order = work.model, Order.of(setup.order)
-        most = self._most(setup, len(ranks), ends)
+        most = most_tokens(ends, len(ranks), order)
         kernels = AttentionKernels(
             model.heads, model.kv_heads, model.head_dim, work.dtype, model.dtype_bytes
         )
         priced = price_attention(
-            *(work.calibrated(), kernels, ends),
+            *(work.calibrated, kernels, ends),
             ranks=ranks,
             order=order,
             inside=setup.inside,
             window=work.window,
         )
         return most, priced.forward_s, priced.backward_s
-
-    @staticmethod
-    def _most(setup: Setup, ranks: int, ends: tuple[int, ...]) -> int:
-        """The busiest rank's tokens of a pack."""
-        if Order.of(setup.order) is not Order.BALANCED:
-            return -(-ends[-1] // ranks)
-        shares = balanced(ends, ranks)
-        return max(sum(stop - start for start, stop in share) for share in shares)
 
     def most_tokens(self, setup: Setup) -> int:
         """The most tokens of a sequence that a setup's ranks hold together; 0: not even one."""
@@ -198,6 +190,14 @@ class Forecaster:
             )
         except MemoryLimitError:
             return 0
+
+
+def most_tokens(ends: Sequence[int], ranks: int, order: Order | str) -> int:
+    """The busiest rank's tokens of a pack; ``ends``: where documents start, and the last ends."""
+    if Order.of(order) is not Order.BALANCED:
+        return -(-ends[-1] // ranks)
+    shares = balanced(ends, ranks)
+    return max(sum(stop - start for start, stop in share) for share in shares)
 
 
 def _exchanged(setup: Setup, ranks: int) -> bool:

@@ -9,6 +9,7 @@ cluster's. What a device takes for a token or a pair can also be given as measur
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -35,13 +36,15 @@ _ALL_SIZES = 64  # above it not every size of a group is tried, but steps of 4 %
 class Rates:
     """Seconds of one device, forward and backward: a micro-batch, each token, each pair.
 
-    ``step_s``: of the clipping of gradients and the optimizer, once a step; 0: not known.
+    ``step_s``: of the clipping of gradients and the optimizer, once a step; ``message_s``: of a
+    message that it sends or receives as it trains; 0: not known.
     """
 
     micro_batch_s: float
     token_s: float
     pair_s: float
     step_s: float = 0.0
+    message_s: float = 0.0
 
     @classmethod
     def slowest(cls, rates: "Sequence[Rates]") -> "Rates":
@@ -51,6 +54,7 @@ class Rates:
             max(rate.token_s for rate in rates),
             max(rate.pair_s for rate in rates),
             max(rate.step_s for rate in rates),
+            max(rate.message_s for rate in rates),
         )
 
 
@@ -110,12 +114,16 @@ class Workload:
         kernels = model.layers * _KERNELS * (1 + again / 3)
         return Rates(kernels * device.overhead_s, token_s, pair_s)
 
+    @cached_property
     def calibrated(self) -> Cluster:
-        """The cluster with rates of attention that agree with what was measured of the model."""
+        """The cluster with rates of attention and messages that agree with what was measured."""
         if not self.rates:
             return self.cluster
         told, kinds = replace(self, rates=None), dict(self.cluster.devices)
         for kind, rates in self.rates.items():
+            if rates.message_s:
+                update = {"message_s": rates.message_s}
+                kinds[kind] = kinds[kind].model_copy(update=update)
             slower = rates.pair_s / told.rates_of(kind).pair_s
             if slower > 0:
                 names = [
@@ -140,7 +148,7 @@ class Workload:
     def state(self, sharding: Sharding, *, reduce_once: bool) -> State:
         """Parameters, gradients and optimizer, if they are spread and reduced so."""
         return State(
-            *(self.cluster, self.model, sharding, reduce_once, self.memory_limit),
+            *(self.calibrated, self.model, sharding, reduce_once, self.memory_limit),
             *(self.checkpointing, self.attention_kept),
             step_s=max(rates.step_s for rates in self.rates.values()) if self.rates else 0.0,
         )
@@ -204,7 +212,7 @@ class Workload:
         weight: float,
     ) -> Pool:
         slowest = Rates.slowest([self.rates_of(kind) for kind in kinds])
-        devices = [self.cluster.devices[kind] for kind in kinds]
+        devices = [self.calibrated.devices[kind] for kind in kinds]
         # A group of several may exchange heads.
         most = [
             min(state.most_tokens(kind, several) for kind in kinds) for several in (False, True)
