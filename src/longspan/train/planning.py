@@ -133,7 +133,8 @@ class Planning:
             rates = {kind: replace(rate, message_s=message_s) for kind, rate in rates.items()}
         # What was measured has gathered parameters, too, which has a price of its own; gradients
         # weren't reduced.
-        gather_s = 0.0 if prices.overlap else work.state(sharding, reduce_once=True).gather_s()
+        state = replace(work, rates=rates).state(sharding, reduce_once=True)
+        gather_s = 0.0 if prices.overlap else state.gather_s()
         return {
             kind: replace(rate, micro_batch_s=max(0.0, rate.micro_batch_s - gather_s))
             for kind, rate in rates.items()
