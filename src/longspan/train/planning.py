@@ -124,7 +124,8 @@ class Planning:
         if dist.get_world_size() > 1:
             size = gcd(dist.get_world_size(), _SHARED)
             firsts = range(0, dist.get_world_size(), size)
-            (mesh,) = filter(None, groups.meshes(range(first, first + size) for first in firsts))
+            meshes = groups.meshes(range(first, first + size) for first in firsts)
+            (mesh,) = (mesh for mesh in meshes if mesh is not None)
             length = max(size, min(tokens, size * _SHARED_TOKENS))
             took_s = measure_shared(runner, Place(mesh, "ring"), length)
             message_s = price_message(
