@@ -311,7 +311,7 @@ def test_a_message_takes_what_a_shared_pass_takes_beyond_its_computing(
 ) -> None:
     model = Transformer(3, 64, 4, 2, 16, 128, 100)
     device = Device(memory_bytes=1, bytes_per_s=1e10, peak={"matmul": {"float32": 1e10}})
-    where = uniform(device, devices=ranks, link=Link(bytes_per_s=1e9))
+    where = uniform(device, devices=ranks, link=Link(latency_s=0, bytes_per_s=1e9))
     rates = Rates(0.01, 1e-5, 1e-8)
 
     def took(message_s: float) -> float:
