@@ -2,8 +2,8 @@
 
 In the lab, 2 nodes × 2 ranks of 0.45 core each, at 50, 200 and 1,000 Mbit/s, with uneven and with
 even documents and two models: twelve cases, each trained in five ways. These take turns, a step
-each, so that what disturbs the machine disturbs all; the first steps, in which the planner starts
-and groups are made, don't count. Foretold twice: from the probe alone, and with the model's own
+each, so that what disturbs the machine disturbs all; the first step, in which the planner starts
+and groups are made, doesn't count. Foretold twice: from the probe alone, and with the model's own
 rates as ``train`` measures them before its first step.
 
 Memory is the most that torch's allocator has handed out on a rank, from before its model is built
@@ -41,7 +41,7 @@ BANDWIDTHS = (50, 200, 1000)
 MODELS = {"wide": (128, 2), "deep": (64, 5)}
 CASES = tuple(product(("uneven", "even"), MODELS))
 LONGEST, BATCH_TOKENS = 2048, 8192
-FIRST, STEPS, MEMORY_STEPS = 2, 4, 2
+FIRST, STEPS, MEMORY_STEPS = 1, 4, 2
 SETUPS = {
     "4 contiguous ring": Setup("fixed", 4, "contiguous", "ring", "world", "none"),
     "4 balanced ring": Setup("fixed", 4, "balanced", "ring", "node", "none"),
