@@ -237,6 +237,19 @@ def test_a_slow_node_gets_less() -> None:
     assert 1.6 < sum(held[2:]) / sum(held[:2]) < 2.4
 
 
+def test_short_sequences_are_planned_where_messages_are_dear() -> None:
+    """What they add to a group is less than heads' messages cost beyond a ring's."""
+    where = slow_cluster()
+    dear = {
+        kind: device.model_copy(update={"message_s": 0.05})
+        for kind, device in where.devices.items()
+    }
+    plan = plan_batch(
+        [50] * 24, cluster=where.model_copy(update={"devices": dear}), model=SMALL, sharding="none"
+    )
+    assert {len(group.ranks) for micro in plan.micro_batches for group in micro.groups} == {1}
+
+
 def test_same_arguments_same_plan() -> None:
     lengths = random_lengths(np.random.default_rng(3), 200, 50_000)
     prices = published_prices("7b", 64)

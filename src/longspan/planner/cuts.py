@@ -14,6 +14,7 @@ from longspan.planner.prices import Floats, Ints
 __all__ = ["Cut", "shortest"]
 
 _LIMITS = 24
+_LEAST_S = 1e-9
 _PLACES = 256  # about so many places to cut; in batches of no more sequences,
 _LONGEST = 6  # the own times of so many of them are limits as well
 
@@ -89,7 +90,8 @@ def _long(batch: Batch, limits: Floats, count: int) -> tuple[Floats, Floats]:
     all_sizes, limit = min(count, batch.long), limits[:, None]
     shape = len(limits), count
     area, memory = np.full(shape, np.inf), np.full(shape, np.inf)
-    density = float(batch.tokens.sum()) / float(batch.areas.sum())
+    # Where messages cost much, all that sequences add may be less than groups' costs differ by.
+    density = float(batch.tokens.sum()) / max(float(batch.areas.sum()), _LEAST_S)
     for pool, times, alone in zip(batch.prices.pools, batch.planned, batch.smallest_s, strict=True):
         c, took = pool.columns, np.broadcast_to(alone[:count], shape).copy()
         in_time = times[:all_sizes] <= limits[:, None, None]
