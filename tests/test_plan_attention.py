@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import longspan
 from longspan.cluster.fabric import Link
-from longspan.cluster.memory import Transformer
 from longspan.cluster.ring import predict_ring
 from longspan.cluster.simulate import simulate
 from longspan.cluster.spec import Cluster, Device, uniform
@@ -23,11 +22,8 @@ from longspan.planner.attention import (
     AttentionChoice,
     best_attention,
     plan_attention,
-    price_attention,
 )
 from longspan.planner.attention_price import Pricer, Way
-from longspan.planner.messages import price_message
-from longspan.planner.workload import Rates, Workload
 from longspan.schedule.heads import HeadShares, trips
 from longspan.schedule.ops import Compute, Task
 from longspan.schedule.ring_tasks import AttentionKernels
@@ -302,27 +298,3 @@ def test_heads_go_in_parts_where_that_pays() -> None:
     assert both.parts > 1
     assert computed < both.seconds < 1.45 * computed
     assert heads(balanced, 1.0).parts == 1
-
-
-@pytest.mark.parametrize("order", ["contiguous", "zigzag", "balanced"])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_message_takes_what_a_shared_pass_takes_beyond_its_computing(
-    order: str, ranks: int
-) -> None:
-    model = Transformer(3, 64, 4, 2, 16, 128, 100)
-    device = Device(memory_bytes=1, bytes_per_s=1e10, peak={"matmul": {"float32": 1e10}})
-    where = uniform(device, devices=ranks, link=Link(latency_s=0, bytes_per_s=1e9))
-    rates = Rates(0.01, 1e-5, 1e-8)
-
-    def took(message_s: float) -> float:
-        work = Workload(where, model, rates={"device": replace(rates, message_s=message_s)})
-        kernels = AttentionKernels(4, 2, 16, "float32", 4)
-        way = price_attention(
-            *(work.calibrated, kernels, (0, 512)), ranks=range(ranks), order=order, inside="ring"
-        )
-        return 0.01 + 1e-5 * 512 / ranks + 3 * way.seconds
-
-    for message_s in (0.0, 1e-3, 5e-3):
-        work = Workload(where, model, rates={"device": rates})
-        found = price_message(work, took(message_s), 512, ranks, order)
-        assert found == pytest.approx(message_s, rel=0.25, abs=1e-6)

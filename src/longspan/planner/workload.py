@@ -36,15 +36,13 @@ _ALL_SIZES = 64  # above it not every size of a group is tried, but steps of 4 %
 class Rates:
     """Seconds of one device, forward and backward: a micro-batch, each token, each pair.
 
-    ``step_s``: of the clipping of gradients and the optimizer, once a step; ``message_s``: of a
-    message that it sends or receives as it trains; 0: not known.
+    ``step_s``: of the clipping of gradients and the optimizer, once a step; 0: not known.
     """
 
     micro_batch_s: float
     token_s: float
     pair_s: float
     step_s: float = 0.0
-    message_s: float = 0.0
 
     @classmethod
     def slowest(cls, rates: "Sequence[Rates]") -> "Rates":
@@ -54,7 +52,6 @@ class Rates:
             max(rate.token_s for rate in rates),
             max(rate.pair_s for rate in rates),
             max(rate.step_s for rate in rates),
-            max(rate.message_s for rate in rates),
         )
 
 
@@ -116,14 +113,11 @@ class Workload:
 
     @cached_property
     def calibrated(self) -> Cluster:
-        """The cluster with rates of attention and messages that agree with what was measured."""
+        """The cluster with rates of attention that agree with what was measured."""
         if not self.rates:
             return self.cluster
         told, kinds = replace(self, rates=None), dict(self.cluster.devices)
         for kind, rates in self.rates.items():
-            if rates.message_s:
-                update = {"message_s": rates.message_s}
-                kinds[kind] = kinds[kind].model_copy(update=update)
             slower = rates.pair_s / told.rates_of(kind).pair_s
             if slower > 0:
                 names = [

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ from longspan.errors import ConfigError, LongspanError, MemoryLimitError, PlanEr
 from longspan.models.windows import layer_windows
 from longspan.plan import BatchPlan
 from longspan.planner.batches import plan_batch
-from longspan.planner.messages import price_message
 from longspan.planner.prices import Sharding
 from longspan.planner.workload import Rates, Workload
 from longspan.train.batches import Batches, Place
 from longspan.train.config import Config
 from longspan.train.fit import transformer_sizes
 from longspan.train.planned import PlannedBatches
-from longspan.train.rates import measure_rates, measure_shared
+from longspan.train.rates import measure_rates
 from longspan.train.record import Recorder
 from longspan.train.step import StepRunner
 
@@ -37,7 +35,6 @@ __all__ = ["Planning", "shards_of"]
 # Ranks that share parameters wait for each other at every layer, which has no price yet: sharding
 # that isn't needed for memory must gain more than this.
 _AS_GOOD = 1.02
-_SHARED, _SHARED_TOKENS = 8, 256  # ranks that share a sequence to time messages, tokens of each
 
 
 class Planning:
@@ -121,17 +118,6 @@ class Planning:
         alone = Place(groups.alone, "ring")
         usual = training.tokens // training.pieces
         rates = measure_rates(runner, alone, self._cluster, tokens, usual)
-        if dist.get_world_size() > 1:
-            size = gcd(dist.get_world_size(), _SHARED)
-            firsts = range(0, dist.get_world_size(), size)
-            meshes = groups.meshes(range(first, first + size) for first in firsts)
-            (mesh,) = (mesh for mesh in meshes if mesh is not None)
-            length = max(size, min(tokens, size * _SHARED_TOKENS))
-            took_s = measure_shared(runner, Place(mesh, "ring"), length)
-            message_s = price_message(
-                replace(work, rates=rates), took_s, length, size, self._config.parallel.order
-            )
-            rates = {kind: replace(rate, message_s=message_s) for kind, rate in rates.items()}
         # What was measured has gathered parameters, too, which has a price of its own; gradients
         # weren't reduced.
         state = replace(work, rates=rates).state(sharding, reduce_once=True)

@@ -21,7 +21,7 @@ from longspan.schedule.ring_tasks import CPU_TILE, tiled_pairs
 from longspan.train.batches import Place
 from longspan.train.step import StepRunner
 
-__all__ = ["measure_rates", "measure_shared", "told_apart"]
+__all__ = ["measure_rates", "told_apart"]
 
 _REPEATS = 5
 
@@ -70,19 +70,6 @@ def told_apart(
     # Noise must not make tokens free.
     token_s = max(many_s - least_s - pair_s * (pairs - 1), 0.1 * many_s) / (tokens - 1)
     return Rates(max(0.0, least_s - token_s - pair_s), token_s, pair_s)
-
-
-def measure_shared(runner: StepRunner, place: Place, tokens: int) -> float:
-    """The slowest rank's seconds for one document that the ranks of ``place`` share.
-
-    All ranks must call it; gradients are forgotten.
-    """
-    own = torch.tensor(_seconds(runner, place, [tokens]), device=runner.device)
-    runner.reduce_gradients(True)
-    _pass(runner, place, [tokens])
-    runner.model.zero_grad()
-    dist.all_reduce(own, dist.ReduceOp.MAX)
-    return float(own)
 
 
 def _seconds(runner: StepRunner, place: Place, lengths: list[int]) -> float:
