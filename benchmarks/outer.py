@@ -1,11 +1,11 @@
 """Two sites joined by 20 Mbit/s: data-parallel, DiLoCo, Streaming DiLoCo; equal tokens.
 
-In the lab, 2 sites × 2 ranks of 0.45 core, FSDP2 inside a site (gathered once a step), a Llama of
-5.1M parameters on the bytes of the standard library's sources, float32, the same inner optimizer, each method with the
-best of the learning rates tried for it. Data-parallel learns over an unshaped link, since it would
-take hours over this one; its time a step is that of 20 steps over it. Both DiLoCos take the plain
-mean of the sites: the run has too few rounds for momentum. Losses are those of the validation
-documents, with the global parameters.
+In the lab, 2 sites × 2 ranks of 0.45 core, FSDP2 inside a site (parameters gathered once a step), a
+Llama of 5.1M parameters on the bytes of the standard library's sources, float32, the same inner
+optimizer, each method with the best of the learning rates tried for it. Data-parallel learns over
+an unshaped link, since it would take hours over this one; its time a step is that of 20 steps over
+it. Both DiLoCos take the plain mean of the sites: the run has too few rounds for momentum. Losses
+are those of the validation documents, with the global parameters.
 
 benchmarks/overlap.py looks at what transfers cost the steps, and at sites of unequal speed.
 
