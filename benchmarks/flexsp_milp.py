@@ -48,8 +48,9 @@ class Milp:
         least = -(-int(longest_first.sum()) // everything)
         while max(int(part.sum()) for part in chunks(longest_first, least)) >= everything:
             least += 1
-        counts = range(least, least + MORE_CHUNKS)
-        # As published, every number of chunks has a process of its own.
+        # As published, every number of chunks has a process of its own: of two, those that take
+        # longest first.
+        counts = range(least, least + MORE_CHUNKS)[::-1]
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
             return min(workers.map(partial(self.of_chunks, longest_first), counts))
 
@@ -184,12 +185,16 @@ def best_fit(lengths: list[int], prices: Prices, size: int) -> float:
     if max(lengths) > price.most_tokens:
         return np.inf
     groups: list[list[int]] = []
+    held: list[int] = []
     for tokens in sorted(lengths, reverse=True):
-        fits = [group for group in groups if sum(group) + tokens <= room]
+        fits = [place for place, own in enumerate(held) if own + tokens <= room]
         if fits:
-            max(fits, key=sum).append(tokens)
+            fullest = max(fits, key=held.__getitem__)
+            groups[fullest].append(tokens)
+            held[fullest] += tokens
         else:
             groups.append([tokens])
+            held.append(tokens)
     at_once = prices.world // size
     while len(groups) % at_once:  # an empty group takes one sequence of the last that has several
         donor = next(group for group in groups[::-1] if len(group) > 1)

@@ -23,7 +23,7 @@ from statistics import mean, median
 import numpy as np
 
 from benchmarks.flexsp_milp import Milp, best_fit
-from benchmarks.record import conclude
+from benchmarks.record import conclude, keep
 from longspan.plan import BatchPlan
 from longspan.planner.batches import plan_priced
 from longspan.planner.prices import Prices
@@ -139,6 +139,7 @@ def main() -> None:
             found, table = compare(name, steps, longest, milp_steps, asked.limit)
             print(table, flush=True)
             log += table
+            keep("paper_flexsp", log + "(stopped after this table)\n")
             label = f"{name}_{longest // 1000}k"
             figures |= {f"{label}_{key}": round(value, 4) for key, value in found.items()}
             holds &= found.get("ours_over_milp", 0) <= 1 and found["any_over_ours"] <= 1

@@ -1,4 +1,4 @@
-"""How a benchmark ends: one line of JSON, and a dated log of what it found."""
+"""How a benchmark ends: one line of JSON, and a dated log of what it found, or has so far."""
 
 import json
 import platform
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["conclude"]
+__all__ = ["conclude", "keep"]
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -17,6 +17,12 @@ def conclude(
 ) -> None:
     """Print the result as the last line, and keep it with ``log`` under ``records/``."""
     result = {"name": name, "figures": figures, "targets": targets, "holds": holds}
+    keep(name, f"{log}{json.dumps(result)}\n")
+    print(json.dumps(result))
+
+
+def keep(name: str, log: str) -> None:
+    """Keep ``log`` under ``records/``, in place of what this day's file had."""
     now = datetime.now(UTC)
     # A file of this machine is told by its name only.
     words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
@@ -25,7 +31,6 @@ def conclude(
     RECORDS.mkdir(exist_ok=True)
     path = RECORDS / f"{now:%Y-%m-%d}-{name}.log"
     path.write_text(
-        f"{now:%Y-%m-%d %H:%M} UTC, {where}\n$ {command}\n{log}{json.dumps(result)}\n",
+        f"{now:%Y-%m-%d %H:%M} UTC, {where}\n$ {command}\n{log}",
         encoding="utf-8",
     )
-    print(json.dumps(result))

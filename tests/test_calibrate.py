@@ -18,12 +18,14 @@ FAST = {
     "memory_bytes": 1 << 30,
     "bytes_per_s": 1e10,
     "overhead_s": 1e-6,
+    "message_s": 2e-5,
+    "byte_s": 1e-10,
     "measured": {
         "matmul": {"float32": 1e11, "bfloat16": 2e11},
         "attention": {"float32": 5e10, "bfloat16": 9e10},
     },
 }
-INSIDE = {"latency_s": 1e-5, "bytes_per_s": 5e9}
+INSIDE = {"latency_s": 3e-5, "bytes_per_s": 5e9}
 
 
 def network(rate: float, **more: float) -> dict[str, float]:
@@ -83,6 +85,12 @@ def probed(real: Cluster, slow_rank: int | None = None) -> list[Row]:
             rows += _computed(Compute(kind, 1e10, dtype=dtype), real, slow_rank)
     rows += _computed(Compute("copy", 0.0, bytes=1e9), real, None)
     rows += _computed(Compute("nothing", 0.0), real, None)
+    device = real.device(0)
+    for messages, size in ((400, 1 << 10), (48, 1 << 18)):
+        took = messages * (device.message_s + size * device.byte_s)
+        about = {"messages": messages, "bytes": messages * size}
+        about |= {"alone": [0.3] * 3, "seconds": [0.3 + took] * 2 + [9.0]}
+        rows += [Note("beside", {"rank": rank} | about) for rank in range(real.ranks)]
     return rows
 
 
@@ -130,11 +138,26 @@ def test_a_cluster_is_found_again(real: Cluster, tmp_path: Path) -> None:
     (device,) = found.devices.values()
     assert device.rate("matmul", "float32") == pytest.approx(1e11, rel=0.01)
     assert device.bytes_per_s == pytest.approx(1e10, rel=0.01)
+    assert device.message_s == pytest.approx(2e-5) and device.byte_s == pytest.approx(1e-10)
     assert all(max(errors) < 0.05 for errors in fit.errors.values())
     even = all(n.network and n.network.in_bytes_per_s is None for n in real.nodes)
     assert bool(fit.remarks) != even
     write_cluster(found, tmp_path / "cluster.yaml")
     assert read_cluster(tmp_path / "cluster.yaml") == found
+
+
+def test_what_messages_take_is_bounded() -> None:
+    """Ranks that share cores slow each other: a message takes half of a ping, a byte no more
+    than where all went into sending."""
+    rows = probed(cluster([network(1e8)] * 2), slow_rank=1)
+    for row in rows:
+        if isinstance(row, Note) and row.kind == "beside":
+            row.about["seconds"] = [9.0 + row.about["bytes"]] * 3
+    devices = calibrate(rows)[0].devices
+    assert len(devices) == 2
+    for device in devices.values():
+        assert device.message_s == pytest.approx((3e-5 + 2e-5) / 2, rel=1e-3)
+        assert device.byte_s == pytest.approx(1 / 1e10, rel=0.01)
 
 
 def test_what_stands_out_is_named() -> None:

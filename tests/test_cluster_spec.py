@@ -56,6 +56,21 @@ def test_presets_are_whole_and_name_their_sources(name: str) -> None:
         assert all(link.source for link in links if link)
 
 
+def test_narrow_heads_have_rates_on_a_line() -> None:
+    """Of seconds: a pair costs something, and something more for each number of a head."""
+    rates = {f"attention{name}": {"float32": heads / (1 + 0.1 * heads)}
+             for name, heads in (("", 64), (" 16", 16))}  # fmt: skip
+    device = Device(memory_bytes=1, bytes_per_s=1, measured=rates)
+    for heads in (8, 16, 32, 64, 128):
+        expected = pytest.approx(heads / (1 + 0.1 * heads))
+        assert device.rate(f"attention {heads}", "float32") == expected
+        assert (
+            device.rate(f"attention backward {heads}", "float32") == rates["attention"]["float32"]
+        )
+    one = Device(memory_bytes=1, bytes_per_s=1, measured={"attention": {"float32": 3.0}})
+    assert one.rate("attention backward 16", "float32") == 3.0
+
+
 def test_measured_rates_are_believed_before_peak_ones() -> None:
     rates = {"peak": {"matmul": {"float32": 4.0, "bfloat16": 8.0}, "attention": {"float32": 3.0}}}
     device = Device(memory_bytes=1, bytes_per_s=1, measured={"matmul": {"float32": 2.0}}, **rates)

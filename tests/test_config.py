@@ -89,3 +89,6 @@ def test_learning_rate() -> None:
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
     assert rates[20] == pytest.approx(0.1) and rates[12] == pytest.approx(0.55)
     assert rates[4:] == sorted(rates[4:], reverse=True)
+    joined = [lr_at(6 + own, 20, optimizer, own) for own in range(5)]
+    assert joined == [0.25, 0.5, 0.75, *rates[9:11]]
+    assert [lr_at(step, 20, optimizer, step) for step in range(21)] == rates

@@ -21,18 +21,22 @@ from ranks import Ranks
 from test_train import command, train
 from torch.distributed.device_mesh import DeviceMesh
 
+from longspan.cluster.memory import memory
 from longspan.comm.groups import Groups
 from longspan.comm.mesh import make_mesh
 from longspan.errors import ConfigError, LayoutError
 from longspan.plan import BatchPlan, Group, MicroBatch
+from longspan.planner.prices import Sharding
 from longspan.planner.workload import Rates
 from longspan.trace import Note, curve, read_trace
 from longspan.train.batches import Batches
 from longspan.train.config import Config, load_config
 from longspan.train.exactness import Exactness, exactness
+from longspan.train.fit import transformer_sizes
 from longspan.train.grouped import group_sequences, grouped
 from longspan.train.inspect import inspect
-from longspan.train.parallelize import build_model, parallelize
+from longspan.train.parallelize import build_model, model_config, parallelize
+from longspan.train.planning import Planning
 from longspan.train.rates import told_apart
 from longspan.train.step import StepRunner
 
@@ -63,7 +67,9 @@ def eight() -> Iterator[Ranks]:
     ranks.stop(kill=True)
 
 
-def random_plan(lengths: list[int], world: int, draw: random.Random) -> BatchPlan:
+def random_plan(
+    lengths: list[int], world: int, draw: random.Random, sharding: Sharding = "world"
+) -> BatchPlan:
     """Any groups side by side, some ranks in none; overlapping those of other micro-batches."""
     left = list(range(len(lengths)))
     draw.shuffle(left)
@@ -79,7 +85,7 @@ def random_plan(lengths: list[int], world: int, draw: random.Random) -> BatchPla
             groups.append(Group(members, chosen, inside, 0.0, 0, 0))
         micro_batches.append(MicroBatch(tuple(groups), 0.0))
     once = draw.random() < 0.7
-    return BatchPlan(tuple(lengths), tuple(micro_batches), "world", 0.0, 0.0, once)
+    return BatchPlan(tuple(lengths), tuple(micro_batches), sharding, 0.0, 0.0, once)
 
 
 def exact(_: DeviceMesh, documents: Path, shards: int, seed: int, train: dict) -> Exactness | None:
@@ -100,17 +106,21 @@ def exact(_: DeviceMesh, documents: Path, shards: int, seed: int, train: dict) -
     runner = StepRunner(model, mesh, "zigzag")
     groups = Groups("cpu", most=3)
     pieces = batches.documents_of(seed * 24, 24)
-    plan = random_plan([piece.length for piece in pieces], world, random.Random(seed))
+    sharding: Sharding = "none" if shards == 1 else "world"
+    plan = random_plan([p.length for p in pieces], world, random.Random(seed), sharding)
     own = grouped(plan, pieces, batches.store, groups, 0)
     sequences = group_sequences(plan, pieces, batches.store)
     found = exactness(runner, batches, config, own, sequences)
     groups.close()
+    busy = [any(dist.get_rank() in g.ranks for g in m.groups) for m in plan.micro_batches]
+    waits = sharding == "world" or not plan.reduce_once
+    assert len(own.sequences) == (len(busy) if waits else sum(busy[:-1]) + 1)
     return found
 
 
 @pytest.mark.parametrize(
     ("shards", "seed", "train"),
-    [(4, 0, {}), (4, 1, {"checkpointing": "selective"}), (2, 2, {}), (1, 3, {}), (4, 4, {})],
+    [(4, 0, {}), (4, 1, {"checkpointing": "selective"}), (2, 2, {}), (1, 6, {}), (4, 4, {})],
 )
 def test_a_planned_step_is_one_process(
     ranks: Ranks, documents: Path, shards: int, seed: int, train: dict
@@ -244,6 +254,19 @@ def test_a_flexible_run_and_what_it_goes_on_with(documents: Path, tmp_path: Path
     after = list(read_trace(trace))[len(before) :]
     assert curve(after, "loss") == losses[KEPT:]
     assert curve(after, "planner_restarts")[-1][1] == 1
+
+
+def test_parameters_are_sharded_where_memory_asks_for_it(documents: Path, tmp_path: Path) -> None:
+    config = load_config(write_config(documents, tmp_path))
+    batches = Batches(config)
+    model = model_config(config, batches.tokenizer.vocab_size)
+    # With the whole model on each rank, memory for a little less than half of it, and for more.
+    share, found = batches.longest_piece // 2, []
+    for tokens in (share - 4, share + 1):
+        least = memory(transformer_sizes(config, model), tokens).total
+        own = load_config(write_config(documents, tmp_path), (f"parallel.memory_bytes={least}",))
+        found.append(Planning(own, batches, model).best_sharding(batches.lengths_of(0, 24)))
+    assert found == ["world", "none"]
 
 
 def test_three_times_tell_the_rates_apart() -> None:

@@ -29,11 +29,12 @@ DEVICE = Device(memory_bytes=1, bytes_per_s=1e11, peak={"matmul": {"bfloat16": 1
 
 
 def cluster(
-    inside: float, between: float, devices: int = 2, nodes: int = 2, latency: float = 0
-) -> Cluster:
+    inside: float, between: float, devices: int = 2, nodes: int = 2, latency: float = 0,
+    device: Device = DEVICE,
+) -> Cluster:  # fmt: skip
     links = (Link(latency_s=latency, bytes_per_s=rate) for rate in (inside, between))
     link, network = links
-    return uniform(DEVICE, devices=devices, nodes=nodes, link=link, network=network)
+    return uniform(device, devices=devices, nodes=nodes, link=link, network=network)
 
 
 def sent(mesh: DeviceMesh, choice: AttentionChoice, documents: tuple[int, ...], window: int | None,
@@ -99,13 +100,19 @@ def test_what_is_foretold_is_sent(ranks: Ranks, lengths: list[int], window: int 
     st.sampled_from(["zigzag", "striped"]),
     st.sampled_from([1e7, 1e9, 1e12]),
     st.sampled_from([1e7, 1e8, 1e12]),
+    st.sampled_from([{}, {"message_s": 1e-4, "byte_s": 1e-11}]),
 )
 def test_a_ring_takes_what_the_simulator_says(
-    length: int, shape: tuple[int, int], order: str, inside: float, between: float
+    length: int,
+    shape: tuple[int, int],
+    order: str,
+    inside: float,
+    between: float,
+    taken: dict[str, float],
 ) -> None:
     """But for moments in which ranks run apart; keys and values travel in backward, too."""
     nodes, devices = shape
-    where = cluster(inside, between, devices, nodes)
+    where = cluster(inside, between, devices, nodes, device=DEVICE.model_copy(update=taken))
     kernels = AttentionKernels(8, 2, 64)
     plan = plan_attention(where, kernels, (0, length), orders=[order])
     flat = next(choice for choice in plan if choice.name == "flat ring")
@@ -128,6 +135,21 @@ def test_the_link_and_the_heads_decide() -> None:
     # Every message has its price: an exchange has four for each of the others, a ring more.
     far = cluster(1e13, 1e13, 4, 2, latency=1e-2)
     assert plan_attention(far, many, (0, 512))[0].name == "heads"
+
+
+def test_hidden_sends_are_not_free() -> None:
+    """Where they take from computing, a ring takes what its messages and bytes do, too."""
+    kernels, choices = AttentionKernels(8, 8, 64), []
+    for taken in ({}, {"message_s": 1e-3}, {"byte_s": 1e-9}):
+        where = cluster(1e12, 1e12, device=DEVICE.model_copy(update=taken))
+        plan = plan_attention(where, kernels, (0, 4096))
+        choices.append({choice.name: choice for choice in plan})
+    free, by_message, by_byte = (one["flat ring"] for one in choices)
+    # 3 hops of 2 parts: keys and values both ways, then queries and gradients, in and out.
+    assert by_message.seconds - free.seconds == pytest.approx(3 * 2 * 6e-3, rel=0.1)
+    assert by_byte.seconds - free.seconds == pytest.approx(2e-9 * free.sent_bytes, rel=0.2)
+    heads = [one["heads"].seconds for one in choices]
+    assert heads[1] - heads[0] == pytest.approx(4 * 6e-3, rel=0.01)
 
 
 def test_a_window_goes_with_contiguous_order() -> None:
@@ -239,17 +261,23 @@ def played(pricer: Pricer, way: Way, backward: bool) -> float:
     st.sampled_from([1e6, 1e8, 1e10]),
     st.sampled_from([0.0, 1e-4]),
     st.sampled_from([1024, 8192]),
+    st.booleans(),
 )
 def test_heads_in_parts_take_what_the_simulator_says(
-    heads: tuple[int, int], rate: float, latency: float, length: int
+    heads: tuple[int, int], rate: float, latency: float, length: int, handles: bool
 ) -> None:
-    where, kernels = cluster(rate, rate, latency=latency), AttentionKernels(*heads, 64)
+    taken = {"message_s": 1e-5, "byte_s": 0.2 / rate} if handles else {}
+    device = DEVICE.model_copy(update=taken)
+    where = cluster(rate, rate, latency=latency, device=device)
+    kernels = AttentionKernels(*heads, 64)
     pricer = Pricer(where, (0, 1, 2, 3), kernels, (0, length), Order.ZIGZAG, True, None)
     for parts in pricer.cuts(Way("heads", 1, 4)):
         way = Way("heads", 1, 4, parts=parts)
         for backward in (False, True):
             priced = pricer.seconds(way, backward, pricer.ring(way, backward, "kv"))
-            assert priced.seconds == pytest.approx(played(pricer, way, backward))
+            # What is sent may take from another part's computing than was thought.
+            close = 0.2 if handles and parts > 1 else 1e-6
+            assert priced.seconds == pytest.approx(played(pricer, way, backward), rel=close)
 
 
 def test_heads_go_in_parts_where_that_pays() -> None:

@@ -38,12 +38,14 @@ def cluster(
     gbit: float = 10.0,
     latency_s: float = 5e-5,
     memory_bytes_per_s: float = 1e11,
+    **taken: float,
 ) -> Cluster:
     device = Device(
         memory_bytes="1GB",
         bytes_per_s=memory_bytes_per_s,
         peak={"matmul": {"float32": 1e12}},
         overhead_s=1e-6,
+        **taken,
     )
     return uniform(
         device,
@@ -157,6 +159,38 @@ def test_data_parallel_costs_its_reductions() -> None:
     latency = (tensors + 1) * 4 * 5e-5  # two axes, each there and back; the loss is summed, too
     alone = none.best().seconds
     assert planner.data_parallel().seconds == pytest.approx(alone / 4 + reduced + latency, rel=0.15)
+
+
+def test_hidden_sums_take_from_backward() -> None:
+    """Where devices compute for what they send; sums that are not hidden take what they took."""
+    graph = captured()
+    weights = sum(w.numel for layer in graph.layers for w in layer.weights) * 4
+    sent = 2 * weights * 3 / 4  # and as much is received
+    seconds = {}
+    for gbit, byte_s, overlap in product((0.01, 1000), (0.0, 4e-12), (0.0, 1.0)):
+        place = cluster(4, 1, gbit, latency_s=0.0, byte_s=byte_s)
+        planner = Planner(graph, place, Pricing(overlap=overlap, zero=False))
+        seconds[gbit, byte_s > 0, overlap] = planner.data_parallel().seconds
+    slow, quick = 0.01, 1000
+    for overlap in (0.0, 1.0):
+        assert seconds[slow, True, overlap] == pytest.approx(seconds[slow, False, overlap])
+    assert seconds[quick, True, 0.0] == pytest.approx(seconds[quick, False, 0.0])
+    taken = 2 * sent * 4e-12
+    assert seconds[quick, True, 1.0] - seconds[quick, False, 1.0] == pytest.approx(taken, rel=0.05)
+
+
+def test_messages_have_their_price() -> None:
+    """Each that a rank sends or receives, whatever its size, in every row of the table."""
+    free, taken = (
+        ClusterWires(cluster(2, 4, latency_s=0.0, message_s=message_s), (2, 4))
+        for message_s in (0.0, 1e-3)
+    )
+    for kind, messages in (("gather", 3), ("scatter", 3), ("switch", 3), ("reduce", 6)):
+        once, each = taken.row(kind, 1, 2)  # in a node
+        assert once - free.row(kind, 1, 2)[0] == pytest.approx(2e-3 * messages, rel=1e-3)
+        assert each == pytest.approx(free.row(kind, 1, 2)[1], rel=1e-2)
+        handled = ClusterWires(taken.cluster, (2, 4), handling=True).row(kind, 1, 2)
+        assert handled[0] == pytest.approx(2e-3 * messages, rel=1e-3) and handled[1] < 1e-2 * each
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6, 12, 24])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.cluster.cost import demand, seconds
+from longspan.cluster.cost import demand, seconds, traffic
 from longspan.cluster.fabric import Link
 from longspan.cluster.share import fair_rates
 from longspan.cluster.simulate import Timeline, concurrent_seconds, simulate
@@ -59,10 +59,19 @@ def ops(draw: st.DrawFn, ranks: int = 10) -> Op:
     return Comm(kind, tuple(group), tuple(sizes))
 
 
+def busied(cluster: Cluster, byte_s: float, message_s: float = 0) -> Cluster:
+    """Devices that compute for what they send."""
+    kinds = {
+        name: one.model_copy(update={"byte_s": byte_s, "message_s": message_s})
+        for name, one in cluster.devices.items()
+    }
+    return Cluster(devices=kinds, sites=cluster.sites)
+
+
 @settings(max_examples=150, deadline=None)
-@given(ops())
-def test_one_op_alone_takes_exactly_what_cost_says(op: Op) -> None:
-    cluster = uneven()
+@given(ops(), st.sampled_from([0.0, 1e-10, 1e-7]), st.sampled_from([0.0, 1e-3]))
+def test_one_op_alone_takes_exactly_what_cost_says(op: Op, byte_s: float, message_s: float) -> None:
+    cluster = busied(uneven(), byte_s, message_s)
     where = None if isinstance(op, Comm) else (0,)
     assert concurrent_seconds([op], cluster) == [seconds(op, cluster, where)]
 
@@ -92,6 +101,25 @@ def test_what_is_left_goes_faster_once_another_is_done() -> None:
     timeline = simulate(late, FLAT)
     assert timeline.ends_s[0][0] == pytest.approx(1.5)
     assert timeline.ends_s[1] == pytest.approx([0.5, 1.5])
+
+
+def test_what_is_sent_takes_from_computing() -> None:
+    # Half of what a rank can compute goes into 100 bytes a second, sent or received.
+    cluster = busied(FLAT, 0.005)
+    send, work = Comm("send", (0, 4), (100,)), Compute("matmul", 2.0)
+    assert concurrent_seconds([send, work], FLAT) == [1, 2]
+    assert concurrent_seconds([send, work], cluster) == pytest.approx([1, 2.5])
+    assert concurrent_seconds([send, Compute("matmul", 0.2)], cluster) == pytest.approx([1, 0.4])
+    # What more than fills it lasts as long alone, and gets its half beside a computation.
+    slow = busied(FLAT, 0.02)
+    assert concurrent_seconds([send], slow) == pytest.approx([2])
+    assert concurrent_seconds([send, work], slow) == pytest.approx([4, 4])
+    # Of many messages, each has its price as well; so has each hop of a ring.
+    often = busied(FLAT, 0, message_s=0.5)
+    assert concurrent_seconds([send, work], often) == pytest.approx([1, 2.5])
+    assert seconds(Comm("all_gather", (0, 1, 2, 3), (1,) * 4), often) == pytest.approx(6 * 0.5)
+    wires = traffic([send], slow)
+    assert wires == traffic([send], FLAT) and set(wires) == {"node 0 out", "node 1 in"}
 
 
 def test_a_wide_pipe_gives_what_a_narrow_one_leaves() -> None:

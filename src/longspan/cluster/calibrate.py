@@ -1,10 +1,13 @@
 """From a probe's trace to a Cluster: the simulation read backwards.
 
-A link's latency is the quickest ping's; all else is a median of repeats. Between nodes a link's
-rate is that of its largest message once the latency is taken off. A node's rate out is the best
-it reached towards any other node, and likewise in: what is less than that was the other end's.
-Inside a node, where copies and sums count too, it is the median rate of all its sends and
-collectives.
+A link's latency is the quickest ping's, less what a rank computes for a message; all else is a
+median of repeats. Between nodes a link's rate is that of its largest message once the latency is
+taken off. A node's rate out is the best it reached towards any other node, and likewise in: what is
+less than that was the other end's. Inside a node, where copies and sums count too, it is the median
+rate of all its sends and collectives. What messages take from a device's computing is what the same
+work takes longer beside them: of small ones for each message, of large ones for each byte. That is
+bounded by what was seen elsewhere, as ranks that share cores are also slowed by each other: a ping
+has a message at both its ends, and a byte takes no longer than where all went into sending.
 """
 
 from collections import defaultdict
@@ -66,7 +69,8 @@ def calibrate(rows: Sequence[Row], name: str = "probed") -> tuple[Cluster, Fit]:
     if place is None:
         raise DataError("this trace is not a probe's: it doesn't say where the ranks are")
     links = _Links(place, notes)
-    devices, kind_of = _devices(place, notes)
+    devices, kind_of = _devices(place, notes, links)
+    links.take_off(min(device.get("message_s", 0.0) for device in devices.values()))
     values = {"name": name, "devices": devices, "sites": links.sites(kind_of)}
     cluster = cluster_from(values, "the probe's measurements")
     return cluster, _fit(cluster, notes, (*links.remarks(), *_slow_devices(place, notes)))
@@ -85,14 +89,18 @@ class _Links:
         self.rate: dict[tuple[int, int], float] = {}
         self.total: dict[tuple[int, int], float] = {}
         self.inside: dict[int, list[float]] = defaultdict(list)
+        self.handled = 1.0  # the most bytes a second that a rank has sent and received
         for note in notes:
             if note.kind == "ping":
                 self.latency[frozenset(note.about["ranks"])] = min(note.about["seconds"])
         for ops, duration in timings(notes):
             first, *_ = ops
+            sent = max(first.sent_bytes(rank) for rank in first.ranks)
+            if duration > _LONG_S:
+                both = 1 if first.kind == "send" else 2
+                self.handled = max(self.handled, both * sent / duration)
             if len({self.node[rank] for rank in first.ranks}) == 1:
                 if duration > _LONG_S:
-                    sent = max(first.sent_bytes(rank) for rank in first.ranks)
                     self.inside[self.node[first.ranks[0]]].append(sent / duration)
             elif first.kind == "send":
                 self._learn_sends(ops, duration)
@@ -105,6 +113,10 @@ class _Links:
             self.rate[a, b] = ops[0].sizes[0] / net
         else:
             self.total[self.node[a], self.node[b]] = sum(op.sizes[0] for op in ops) / net
+
+    def take_off(self, message_s: float) -> None:
+        """What ranks compute for a message is in the time that a ping takes, and has its price."""
+        self.latency = {ends: max(0.0, took - message_s) for ends, took in self.latency.items()}
 
     def _latency_of(self, a: int, b: int) -> float:
         return self.latency.get(frozenset((a, b)), 0.0)
@@ -194,7 +206,7 @@ def _rates(notes: Sequence[Note]) -> dict[int, dict[str, tuple[Compute, float]]]
 
 
 def _devices(
-    place: dict[str, Any], notes: Sequence[Note]
+    place: dict[str, Any], notes: Sequence[Note], links: _Links
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Kinds of device, and which of them each rank is: like ones within 15 % are one kind."""
     kinds: dict[str, list[int]] = {}
@@ -213,7 +225,14 @@ def _devices(
             kinds[kind] = []
         kinds[kind].append(rank)
         kind_of.append(kind)
-    return {kind: _device(ranks, place, rates) for kind, ranks in kinds.items()}, kind_of
+    # All ranks of a name together, the slower ones, too: such small differences are told by many.
+    label, beside = place["kind"], [note.about for note in notes if note.kind == "beside"]
+    devices = {
+        kind: _device(ranks, place, rates)
+        | _taken([one for one in beside if label[one["rank"]] == label[ranks[0]]], links)
+        for kind, ranks in kinds.items()
+    }
+    return devices, kind_of
 
 
 def _speed(ops: dict[str, tuple[Compute, float]]) -> float:
@@ -242,6 +261,24 @@ def _device(
         "measured": dict(measured),
         "overhead_s": median(durations["nothing float32"]),
     }
+
+
+def _taken(beside: Sequence[dict[str, Any]], links: _Links) -> dict[str, float]:
+    """What messages take from computing: the line through small ones and large ones, in bounds."""
+    if not beside:
+        return {}
+    by_size: dict[float, list[float]] = defaultdict(list)
+    for one in beside:
+        longer = median(one["seconds"]) - median(one["alone"])
+        by_size[one["bytes"] / one["messages"]].append(longer / one["messages"])
+    (few_bytes, small), (many_bytes, large) = sorted(
+        (size, median(taken)) for size, taken in by_size.items()
+    )
+    each = max(0.0, (large - small) / (many_bytes - few_bytes))
+    most = min(links.latency.values(), default=0.0) / 2
+    message_s = min(max(0.0, small - each * few_bytes), most)
+    byte_s = min(max(0.0, (large - message_s) / many_bytes), 1 / links.handled)
+    return {"message_s": message_s, "byte_s": byte_s}
 
 
 def _slow_devices(place: dict[str, Any], notes: Sequence[Note]) -> Iterable[str]:

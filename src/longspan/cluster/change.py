@@ -94,5 +94,7 @@ def _quicker(device: Device, factor: float) -> Device:
             "peak": rates(device.peak),
             "measured": rates(device.measured),
             "overhead_s": device.overhead_s / factor,
+            "message_s": device.message_s / factor,
+            "byte_s": device.byte_s / factor,
         }
     )

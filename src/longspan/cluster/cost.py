@@ -28,15 +28,20 @@ from longspan.cluster.spec import Cluster, Device
 from longspan.errors import ClusterError
 from longspan.schedule.ops import Comm, Compute, Op
 
-__all__ = ["Demand", "demand", "seconds", "traffic"]
+__all__ = ["Demand", "computing", "demand", "handling", "seconds", "traffic"]
+
+_LEAST_BYTE_S = 1e-12  # where messages take from computing, but not their bytes
+_Load = tuple[Ints, Floats]  # pipes, and what passes each
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Demand:
     """What a communication asks of the wires.
 
-    ``bytes`` pass each of ``pipes`` after ``latency_s``; alone that takes ``transfer_s``.
-    ``message_bytes`` is its largest message: where ops share a pipe, messages get equal shares.
+    ``bytes`` pass each of ``pipes`` after ``latency_s``; alone that takes ``transfer_s``. Pipes are
+    numbered as in ``Cluster.capacity``: past the fabric's come the ranks' computing, whose load is
+    in seconds. ``message_bytes`` is its largest message: where ops share a pipe, messages get equal
+    shares.
     """
 
     latency_s: float
@@ -74,8 +79,28 @@ def traffic(ops: Iterable[Comm], cluster: Cluster) -> dict[str, float]:
     total = np.zeros(len(cluster.fabric.names))
     for op in ops:
         asked = demand(op, cluster)
-        total[asked.pipes] += asked.bytes
+        wires = asked.pipes < len(total)
+        total[asked.pipes[wires]] += asked.bytes[wires]
     return {cluster.fabric.names[pipe]: float(total[pipe]) for pipe in np.flatnonzero(total)}
+
+
+def handling(op: Comm, cluster: Cluster) -> float:
+    """Seconds of its computing that ``op`` takes from the busiest of its ranks."""
+    if not cluster.handles:
+        return 0.0
+    asked = demand(op, cluster)
+    return float(asked.bytes[asked.pipes >= len(cluster.fabric.capacity)].max(initial=0))
+
+
+def computing(op: Compute, cluster: Cluster, rank: int) -> Demand:
+    """What ``op`` asks of a rank whose sends take from its computing.
+
+    It gets as much of it as a transfer does, and all that transfers leave.
+    """
+    took = seconds(op, cluster, (rank,))
+    pipe = len(cluster.fabric.capacity) + rank
+    as_bytes = took / max(float(cluster.byte_s[rank]), _LEAST_BYTE_S)
+    return Demand(0.0, np.array([pipe]), np.array([took]), took, as_bytes)
 
 
 def demand(op: Comm, cluster: Cluster) -> Demand:
@@ -113,8 +138,26 @@ def demand(op: Comm, cluster: Cluster) -> Demand:
             latency = float(fabric.latency(source, target).max(initial=0))
     spread = op.kind not in ("send", "all_to_all")
     pipes, load = fabric.load(source, target, amount, spread=spread)
-    transfer = float((load / fabric.capacity[pipes]).max(initial=0))
+    if cluster.handles:
+        often = {"all_gather": n - 1, "reduce_scatter": n - 1, "all_reduce": 2 * (n - 1)}
+        times = often.get(op.kind, 1)
+        pipes, load = _with_computing(cluster, source, target, amount, times, (pipes, load))
+    transfer = float((load / cluster.capacity[pipes]).max(initial=0))
     return Demand(latency, pipes, load, transfer, float(amount.max(initial=0)))
+
+
+def _with_computing(
+    cluster: Cluster, source: Ints, target: Ints, amount: Floats, often: int, wires: _Load
+) -> _Load:
+    """With what ranks compute for what they send and receive, each amount in so many messages."""
+    busy = np.zeros(cluster.ranks)
+    for ends in (source, target):
+        took = cluster.message_s[ends] * often + cluster.byte_s[ends] * amount
+        np.add.at(busy, ends, np.where(amount > 0, took, 0.0))
+    ranks = np.flatnonzero(busy)
+    pipes, load = wires
+    first = len(cluster.fabric.capacity)
+    return np.concatenate([pipes, first + ranks]), np.concatenate([load, busy[ranks]])
 
 
 def _ring_latency(fabric: Fabric, source: Ints, target: Ints, skipped: int) -> float:
@@ -133,7 +176,7 @@ def _compute_seconds(op: Compute, kind: str, device: Device) -> float:
             "add one to its peak or measured rates"
         )
     busy = op.flops / rate if rate else 0.0
-    return device.overhead_s + max(busy, op.bytes / device.bytes_per_s)
+    return op.kernels * device.overhead_s + max(busy, op.bytes / device.bytes_per_s)
 
 
 def _check(op: Comm, cluster: Cluster) -> None:

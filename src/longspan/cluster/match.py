@@ -3,23 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from longspan.cluster.cost import Demand, demand, seconds
+from longspan.cluster.cost import Demand, computing, demand, seconds
 from longspan.cluster.spec import Cluster
 from longspan.errors import ScheduleError
-from longspan.schedule.ops import Comm, Compute, Schedule
+from longspan.schedule.ops import Comm, Compute, Op, Schedule
 
 __all__ = ["Transfer", "describe", "match"]
 
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """One communication, and how far it is: shared by all its ranks.
+    """One communication, and how far it is: shared by all its ``ranks``.
+
+    Or a computation, of one rank whose sends take from its computing.
 
     Once ``under_way``, ``left`` of it was left at ``since``, when the whole would take
     ``whole_s``.
     """
 
-    op: Comm
+    op: Op
+    ranks: tuple[int, ...]
     demand: Demand
     pipes: tuple[int, ...]
     start: float = 0.0
@@ -61,6 +64,8 @@ class _Matcher:
     def rank(self, rank: int, schedule: Schedule) -> list[float | Transfer]:
         """The work of one rank's schedule."""
         computes = self.computes.setdefault(self.cluster.kinds[rank], {})
+        busy = self.cluster.byte_s[rank] + self.cluster.message_s[rank] > 0
+        asks: dict[int, Demand] = {}
         counts: dict[_Channel, int] = {}
         work: list[float | Transfer] = []
         for place, task in enumerate(schedule):
@@ -71,6 +76,13 @@ class _Matcher:
                         f"rank {rank}, task {place}: it can't come after task {other} "
                         f"in a schedule of {len(schedule)}"
                     )
+            if isinstance(op, Compute) and busy:
+                if id(op) not in asks:
+                    asks[id(op)] = computing(op, self.cluster, rank)
+                asked = asks[id(op)]
+                pipes = tuple(asked.pipes.tolist())
+                work.append(Transfer(op, (rank,), asked, pipes))
+                continue
             if isinstance(op, Compute):
                 if id(op) not in computes:
                     computes[id(op)] = seconds(op, self.cluster, (rank,))
@@ -84,9 +96,9 @@ class _Matcher:
             if rank not in channel.members:
                 raise ScheduleError(f"rank {rank}, task {place}: {describe(op)} is not its own")
             if count == len(channel.transfers):
-                channel.transfers.append(Transfer(op, asked, pipes))
+                channel.transfers.append(Transfer(op, op.ranks, asked, pipes))
             transfer = channel.transfers[count]
-            if transfer.op is not op and transfer.op.sizes != op.sizes:
+            if transfer.op is not op and transfer.op != op:
                 raise ScheduleError(
                     f"rank {rank}, task {place}: {describe(op)} has other sizes than on rank "
                     f"{min(channel.members - {rank})}"
@@ -102,7 +114,9 @@ class _Matcher:
         return channel, *self.demands[op]
 
 
-def describe(op: Comm) -> str:
-    """A communication in a few words."""
+def describe(op: Op) -> str:
+    """An op in a few words."""
+    if isinstance(op, Compute):
+        return op.kind
     named = ", ".join(map(str, op.ranks[:4])) + (", …" if len(op.ranks) > 4 else "")
     return f"{op.kind} among {named}"

@@ -3,7 +3,8 @@
 Each lane of a rank does one task after another. A computation takes what ``cost`` says. A
 communication starts when all its ranks have come to it, waits its latency, and then moves its
 bytes through pipes that it shares fairly with whatever else is under way (``share``); alone it
-takes exactly what ``cost`` says.
+takes exactly what ``cost`` says. Where a device computes for what it sends, its
+computing is such a pipe, too, and computations are slower while transfers go on.
 """
 
 import heapq
@@ -123,7 +124,7 @@ class _Player:
         # Events are (time, order of arrival, version, transfer); a later version overrules.
         self.events: list[tuple[float, int, int, Transfer]] = []
         self.pushed = 0
-        self.capacity = cluster.fabric.capacity
+        self.capacity = cluster.capacity
         # Dicts stand for sets here, as they keep their order and so make every run alike.
         self.users: list[dict[Transfer, None]] = [{} for _ in self.capacity]
         for rank, schedule in enumerate(schedules):
@@ -186,7 +187,7 @@ class _Player:
         there = self.there.setdefault(transfer, [])
         there.append(lane)
         transfer.start = max(transfer.start, ready)
-        if len(there) == len(transfer.op.ranks):
+        if len(there) == len(transfer.ranks):
             self._push(transfer.start + transfer.demand.latency_s, transfer)
 
     def _push(self, time: float, transfer: Transfer) -> None:
@@ -259,7 +260,7 @@ class _Player:
             rank = lanes[0].rank
             here = f"rank {rank} waits in {describe(transfer.op)} (task {lanes[0].place})"
             present = {lane.rank for lane in lanes}
-            absent = next(other for other in transfer.op.ranks if other not in present)
+            absent = next(other for other in transfer.ranks if other not in present)
             work = self.work[absent] if absent < len(self.work) else []
             if transfer not in work:
                 return f"deadlock: {here} for rank {absent}, whose schedule lacks it"
@@ -269,7 +270,7 @@ class _Player:
             there = {lane.rank for lane in self.there.get(held, ())}
             if absent not in there:
                 return f"deadlock: {here} for rank {absent}, whose task {place} waits for itself"
-            others = [other for other in held.op.ranks if other not in there]
+            others = [other for other in held.ranks if other not in there]
             return (
                 f"deadlock: {here} for rank {absent}, which waits in {describe(held.op)} "
                 f"(task {place}) for rank {others[0]}"

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from longspan.cluster.fabric import Fabric, Link
+from longspan.cluster.fabric import Fabric, Floats, Link
 from longspan.errors import ClusterError
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "write_cluster",
 ]
 
+_NARROW, _WIDE = 16, 64  # head dims that attention's rates are of
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rates = dict[str, dict[str, Rate]]
 
@@ -49,8 +50,11 @@ class Device(_Part):
 
     ``peak`` and ``measured`` are flops a second by op kind ("matmul", "attention", …) and dtype
     (torch's names); what was measured is believed before what was promised. A kind without rates
-    of its own runs at those of its first word, or else at matmul's. ``bytes_per_s`` is its
-    memory's rate, ``overhead_s`` what every op costs before it starts.
+    of its own runs at those of its first words, or else at matmul's. Attention's are of heads of
+    64, and those of "attention 16" of heads of 16: seconds a pair lie on a line through the two.
+    ``bytes_per_s`` is its memory's rate, ``overhead_s`` what every kernel costs before it starts.
+    What takes from its computing because it sends or receives: ``message_s`` for each message,
+    ``byte_s`` for each byte; 0 where an engine of its own does that.
     """
 
     memory_bytes: ByteSize = Field(gt=0)
@@ -58,15 +62,30 @@ class Device(_Part):
     peak: Rates = {}
     measured: Rates = {}
     overhead_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    message_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    byte_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     source: str = ""
 
     def rate(self, kind: str, dtype: str) -> float | None:
         """Flops a second of an op kind in a dtype, or None where nothing is known of it."""
-        for name in (kind, kind.split()[0], "matmul"):
+        words = kind.split()
+        firsts = (" ".join(words[:count]) for count in range(len(words), 0, -1))
+        for name in (*firsts, "matmul"):
             for rates in (self.measured, self.peak):
                 if dtype in rates.get(name, {}):
-                    return rates[name][dtype]
+                    return self._of_heads(kind, name, dtype, rates)
         return None
+
+    @staticmethod
+    def _of_heads(kind: str, name: str, dtype: str, rates: Rates) -> float:
+        """The rate that ``name`` has, for the heads that ``kind`` is of."""
+        rate, heads = rates[name][dtype], kind.removeprefix(f"{name} ")
+        narrow = rates.get(f"{name} {_NARROW}", {}).get(dtype)
+        if narrow is None or not heads.isdigit():
+            return rate
+        least, usual = _NARROW / narrow, _WIDE / rate
+        slope = max(0.0, (usual - least) / (_WIDE - _NARROW))
+        return int(heads) / (least + slope * (int(heads) - _NARROW))
 
 
 class Node(_Part):
@@ -167,6 +186,29 @@ class Cluster(_Part):
             for site, node in zip(site_of, self.nodes, strict=True)
         ]
         return Fabric.build(nodes, [site.uplink for site in self._all_sites])
+
+    @cached_property
+    def message_s(self) -> Floats:
+        """Of every rank, how long it computes for a message that it sends or receives."""
+        return np.array([self.devices[kind].message_s for kind in self.kinds])
+
+    @cached_property
+    def byte_s(self) -> Floats:
+        """Of every rank, how long it computes for a byte that it sends or receives."""
+        return np.array([self.devices[kind].byte_s for kind in self.kinds])
+
+    @cached_property
+    def handles(self) -> bool:
+        """Whether any rank computes for what it sends and receives."""
+        return bool(self.message_s.any() or self.byte_s.any())
+
+    @cached_property
+    def capacity(self) -> Floats:
+        """Of every pipe of the fabric in bytes a second; then of every rank, 1: its computing.
+
+        What loads the latter is in seconds, and nothing does where sends take nothing from it.
+        """
+        return np.concatenate([self.fabric.capacity, np.ones(self.ranks)])
 
     def ranks_of_node(self, index: int) -> tuple[int, ...]:
         """The ranks of the ``index``-th node."""

@@ -7,6 +7,7 @@ barrier; ops that are timed together run at the same time.
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from longspan.comm.rings import ring_all_gather, ring_reduce_scatter
 from longspan.schedule.ops import Comm
 
 __all__ = ["Stopwatch"]
+
+_BESIDE_S = 0.15
 
 
 class Stopwatch:
@@ -72,6 +75,49 @@ class Stopwatch:
         dist.barrier()
         inner = max(1, math.ceil(least_s / self._seconds(work, 1)))
         return [self._seconds(work, inner) for _ in range(repeats)]
+
+    def beside(
+        self,
+        work: Callable[[], object],
+        ring: Sequence[int],
+        size: int,
+        most: int,
+        repeats: int = 5,
+    ) -> tuple[int, list[float], list[float]]:
+        """Seconds of ``work`` done over and over, alone and beside messages; one a repeat.
+
+        Each rank sends messages of ``size`` bytes to the next of its ``ring``, up to ``most`` and
+        for about ``_BESIDE_S``, and receives as many; their number comes first. It works for longer
+        than they take: what it then takes more than alone, the messages have taken.
+        """
+        here = ring.index(self.rank)
+        target, source = ring[(here + 1) % len(ring)], ring[here - 1]
+        sent, received = self._empty(size), self._empty(size)
+
+        def worked(turns: int, messages: int) -> None:
+            under_way: list[dist.Work | None] = []
+            for turn in range(max(turns, messages)):
+                if turn < messages:
+                    under_way += [dist.irecv(received, source), dist.isend(sent, target)]
+                if turn < turns:
+                    work()
+            for one in under_way:
+                if one:
+                    one.wait()
+
+        def seconds(turns: int, messages: int) -> float:
+            dist.barrier()
+            return self._seconds(partial(worked, turns, messages), 1)
+
+        def slowest(turns: int, messages: int) -> float:
+            return max(row[0] for row in self.everyone(seconds(turns, messages)))
+
+        slowest(1, 1)
+        messages = max(1, min(most, int(_BESIDE_S / slowest(0, 4) * 4)))
+        a_turn = min(row[0] for row in self.everyone(self._seconds(work, 20)))
+        turns = max(2 * messages, math.ceil(2 * slowest(0, messages) / a_turn))
+        both = [(seconds(turns, 0), seconds(turns, messages)) for _ in range(repeats)]
+        return messages, [alone for alone, _ in both], [beside for _, beside in both]
 
     def _seconds(self, work: Callable[[], object], inner: int) -> float:
         self._finish()

@@ -7,6 +7,7 @@ place      of each rank: its node, site, kind of device and free memory
 ping       a byte one way between two ranks
 timing     ``ops`` at the same time, one duration a repeat
 compute    one rank's duration of an op, while all ranks do the same
+beside     one rank's duration of the same work alone and while it sends and receives
 =========  =======================================================================
 """
 
@@ -30,6 +31,7 @@ __all__ = ["probe"]
 _TARGET_S = 0.12  # long enough that a scheduler's or a barrier's milliseconds don't count
 _FIRST_BYTES = 1 << 16
 _MOST_BYTES = 1 << 27
+_BESIDE = ((1 << 10, 200), (1 << 18, 200))  # sizes of messages, and at most how many
 _ALL_PAIRS = 4  # among more nodes than this, only neighbours are timed
 _COLLECTIVES: tuple[CommKind, ...] = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 
@@ -56,7 +58,7 @@ def probe(device: torch.device, memory_bytes: int, site: str) -> list[Note]:
     for ranks in groups:
         for kind in _COLLECTIVES:
             rows += _grown(watch, partial(_collective, kind, ranks))
-    return rows + list(_computing(watch))
+    return [*rows, *_computing(watch), *_beside(watch, nodes)]
 
 
 def _places(watch: Stopwatch, memory_bytes: int, site: str) -> dict[str, list[object]]:
@@ -128,6 +130,25 @@ def _computing(watch: Stopwatch) -> Iterator[Note]:
             yield Note("compute", {"rank": rank, "op": asdict(op), "seconds": seconds})
 
 
+def _beside(watch: Stopwatch, nodes: list[tuple[int, ...]]) -> Iterator[Note]:
+    """Small matrix products, beside small messages and large ones; a GPU sends by itself.
+
+    Inside nodes where all have several ranks: there, much can be sent in a moment.
+    """
+    if watch.world == 1 or watch.device.type == "cuda":
+        return
+    a, b = (torch.randn(128, 128) for _ in range(2))
+    ring = next(ranks for ranks in nodes if watch.rank in ranks)
+    if min(map(len, nodes)) == 1:
+        ring = tuple(range(watch.world))
+    for size, most in _BESIDE:
+        messages, alone, beside = watch.beside(partial(torch.matmul, a, b), ring, size, most)
+        for rank, row in enumerate(watch.everyone(*alone, *beside)):
+            about = {"rank": rank, "messages": 2 * messages, "bytes": 2 * messages * size}
+            half = len(alone)
+            yield Note("beside", about | {"alone": row[:half], "seconds": row[half:]})
+
+
 def _works(device: torch.device) -> Iterator[tuple[Compute, Callable[[], object]]]:
     cuda = device.type == "cuda"
     for dtype in (torch.float32, torch.bfloat16):
@@ -135,18 +156,19 @@ def _works(device: torch.device) -> Iterator[tuple[Compute, Callable[[], object]
         n, tokens = (8192, 8192) if cuda else (512, 512)
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         yield Compute("matmul", 2.0 * n**3, dtype=name), partial(torch.matmul, a, b)
-        q = torch.randn(1, 8, tokens, 64, device=device).to(dtype)
-        flops = 4.0 * 8 * tokens**2 * 64
-        yield (
-            Compute("attention", flops, dtype=name),
-            partial(F.scaled_dot_product_attention, q, q, q),
-        )
-        inputs = [q.clone().requires_grad_() for _ in range(3)]
-        out = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2])
-        yield (
-            Compute("attention backward", 2.5 * flops, dtype=name),
-            partial(torch.autograd.grad, out, inputs, q, retain_graph=True),
-        )
+        for heads, words in ((64, ""), (16, " 16")):
+            q = torch.randn(1, 8, tokens, heads, device=device).to(dtype)
+            flops = 4.0 * 8 * tokens**2 * heads
+            yield (
+                Compute("attention" + words, flops, dtype=name),
+                partial(F.scaled_dot_product_attention, q, q, q),
+            )
+            inputs = [q.clone().requires_grad_() for _ in range(3)]
+            out = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2])
+            yield (
+                Compute("attention backward" + words, 2.5 * flops, dtype=name),
+                partial(torch.autograd.grad, out, inputs, q, retain_graph=True),
+            )
     x = torch.zeros(1 << (30 if cuda else 25), dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     yield Compute("copy", 0.0, bytes=2.0 * x.nbytes), partial(y.copy_, x)

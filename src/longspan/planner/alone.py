@@ -73,11 +73,11 @@ class Batch:
 
     @cached_property
     def smallest_areas(self) -> Floats:
-        """Rank-seconds of all sequences alone in the smallest group, beside its fixed time."""
+        """Rank-seconds of all sequences alone in the smallest group, beside what that takes."""
         least = np.full(len(self.tokens), np.inf)
         for pool, times in zip(self.prices.pools, self.smallest_s, strict=True):
-            price = pool.prices[0]
-            least = np.minimum(least, (times - price.fixed_s) * price.ranks * pool.weight)
+            own = np.maximum(times - pool.anyway_s[0], 0.0)
+            least = np.minimum(least, own * pool.prices[0].ranks * pool.weight)
         return least
 
     @cached_property
@@ -85,8 +85,8 @@ class Batch:
         """The fewest rank-seconds each sequence takes, beside what a group takes anyway."""
         least = self.smallest_areas.copy()
         for pool, times in zip(self.prices.pools, self.times, strict=True):
-            c = pool.columns
-            own = ((times - c.fixed_s) * c.ranks * pool.weight).min(axis=1)
+            own = np.maximum(times - pool.anyway_s, 0.0) * pool.columns.ranks * pool.weight
+            own = own.min(axis=1)
             least[: self.long] = np.minimum(least[: self.long], own)
         return least
 
@@ -114,8 +114,21 @@ class Batch:
 
     @property
     def small(self) -> bool:
-        """Whether there are few enough sequences, and sizes of groups, to try more ways."""
-        return len(self.tokens) * sum(len(pool.prices) for pool in self.prices.pools) <= _SMALL
+        """Whether there are few enough sequences, and sizes of groups, to try more ways.
+
+        Counted are powers of two, as with any size nothing may be left out that they have tried.
+        """
+        sizes = [price.ranks for pool in self.prices.pools for price in pool.prices]
+        powers = sum(size & (size - 1) == 0 for size in sizes)
+        return len(self.tokens) * (powers or len(sizes)) <= _SMALL
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The sizes that groups may have, of every pool."""
+        sizes = [price.ranks for pool in self.prices.pools for price in pool.prices]
+        if self.only is not None:
+            return [size for size in sizes if size == self.only]
+        return [size for size in sizes if not self.powers or size & (size - 1) == 0]
 
     @property
     def any_size(self) -> bool:

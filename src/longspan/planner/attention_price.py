@@ -3,7 +3,8 @@
 A ring's rounds are played: what is sent sets off when its round begins, or if it is a gradient when
 it ends, and waits for what was sent before it; a round waits for what it needs. What a double ring
 sends inside nodes and between them doesn't wait for each other. A head exchange's parts set off one
-after another; each is computed when it is there, and goes home while the next one is.
+after another; each is computed when it is there, and goes home while the next one is. What a rank
+sends and receives meanwhile takes from its computing, where the device does both.
 """
 
 from collections.abc import Hashable, Sequence
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from longspan.cluster.cost import seconds
+from longspan.cluster.cost import handling, seconds
 from longspan.cluster.spec import Cluster
 from longspan.layout import Order, local_length
 from longspan.schedule.heads import GPU_ROWS, HeadShares, trips
@@ -156,7 +157,13 @@ class Pricer:
             took = {op: seconds(op, self.cluster, group) for op in {*packing}}
             wired = {op: seconds(op, self.cluster) for op in {*chain.from_iterable(every)}}
             there, home = ([wired[op] for op in ops] for ops in zip(*every, strict=True))
-            computed = [ring.seconds / way.parts + took[op] for op in packing]
+            # While a part is computed, the next one comes and the last one goes home.
+            comes = [handling(op, self.cluster) for op, _ in every[1:]]
+            goes = [handling(op, self.cluster) for _, op in every[:-1]]
+            computed = [
+                ring.seconds / way.parts + took[op] + sum(beside)
+                for op, *beside in zip(packing, [*comes, 0.0], [0.0, *goes], strict=True)
+            ]
             slowest = max(slowest, _in_turn(there, computed, home))
             total = np.array([op.sizes for ops in every for op in ops]).sum(0)
             for i, j in product(range(way.width), repeat=2):
@@ -197,7 +204,11 @@ class Pricer:
             brought: dict[tuple[int, int, bool], set[Came]] = {}
             for number, turn in enumerate(rounds(ring, place, backward, travels)):
                 step, blocks = steps[number], (turn.blocks, ring.parts)
-                took = max(self._compute(kernels, *blocks, backward, rank) for rank in own)
+                hops = [hop.bytes for hop in (*turn.payload, *turn.grads)]
+                took = max(
+                    self._compute(kernels, *blocks, backward, rank) + self._handle(hops, rank)
+                    for rank in own
+                )
                 step.computed = max(step.computed, took)
                 for is_grad, sent in ((False, turn.payload), (True, turn.grads)):
                     if turn.source != place:
@@ -257,6 +268,10 @@ class Pricer:
             if backward and outer > 1:
                 last_before = (number[outer - 1, part] + 1) * inner - 1
                 steps[(turn + 1) * inner - 1].needs.add(Came(last_before, True, True))
+        kinds = {self.cluster.kinds[rank]: rank for rank in self.ranks}
+        for step in steps:
+            handled = 2 * [sends[0].bytes for sends in step.sends.values() if sends]
+            step.computed += max(self._handle(handled, rank) for rank in kinds.values())
         return steps
 
     def _columns(self, rows: int, places: int) -> int:
@@ -289,6 +304,11 @@ class Pricer:
                 )
             total += self._computed[key]
         return total
+
+    def _handle(self, sizes: Sequence[int], rank: int) -> float:
+        """Seconds that messages of so many bytes, sent or received, take from computing."""
+        message_s, byte_s = self.cluster.message_s[rank], self.cluster.byte_s[rank]
+        return float(len(sizes) * message_s + sum(sizes) * byte_s)
 
     def _wire(self, sends: Sequence[Send]) -> tuple[float, float]:
         """Seconds of latency and of transfer of messages that set off together."""

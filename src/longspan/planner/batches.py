@@ -131,12 +131,13 @@ def _best(
         sizes = sizes[:1]
     if mode != "flexible" and not sizes:
         raise MemoryLimitError(_too_long(None, held, prices))
-    # One degree in a small batch, and powers of two where not all sizes are, are tried as well: no
-    # mode is better than flexible, and no choice of sizes than any.
-    tried = [replace(batch, only=size) for size in sizes if mode != "flexible" or batch.small]
+    # Powers of two where not all sizes are, and one degree in a small batch, are tried as well: no
+    # choice of sizes is better than any, and no mode than flexible.
+    tried = []
     if mode == "flexible":
         powers = replace(batch, powers=True)
         tried += [powers] * (batch.any_size and bool(np.isfinite(powers.quickest[0]))) + [batch]
+    tried += [replace(batch, only=size) for size in sizes]
     shelves: list[Shelf] = []
     under = under_s - prices.batch_s
     for one in tried:

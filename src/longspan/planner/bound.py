@@ -17,7 +17,7 @@ from longspan.planner.prices import Floats, Pool
 
 __all__ = ["lower_bound"]
 
-_STEPS = 30
+_STEPS = 20
 _SAME = 1 - 1e-9
 
 
@@ -69,9 +69,10 @@ def _ways(batch: Batch, pool: Pool) -> Iterator[tuple[Floats, Floats]]:
     ends = np.where(fits, c.fixed_s + c.heads_fixed_s + heads, np.inf)
     yield ends, np.where(fits, heads * ranks, np.inf)
     if np.isfinite(c.ring_fixed_s).any():
-        alone = np.maximum(c.ring_pair_s * pairs, c.ring_token_s * tokens)
+        busy = c.ring_pair_s * pairs + c.ring_busy_s * tokens
+        alone = np.maximum(busy, c.ring_token_s * tokens)
         ends = np.where(fits, c.fixed_s + c.ring_fixed_s + c.token_s * tokens + alone, np.inf)
-        ring = np.where(np.isfinite(ends), c.token_s * tokens + c.ring_pair_s * pairs, np.inf)
+        ring = np.where(np.isfinite(ends), c.token_s * tokens + busy, np.inf)
         yield ends, ring * ranks
 
 
@@ -87,7 +88,8 @@ def _others(batch: Batch) -> float:
         ways.append(
             (weight * (c.token_s + c.heads_token_s), weight * c.heads_pair_s, c.most_tokens)
         )
-        ways.append((weight * c.token_s, weight * ring_pair_s, c.most_tokens))
+        ring_token_s = c.token_s + c.ring_busy_s
+        ways.append((weight * ring_token_s, weight * ring_pair_s, c.most_tokens))
     per_token = np.concatenate([way[0] for way in ways])
     per_pair = np.concatenate([way[1] for way in ways])
     room = np.concatenate([way[2] for way in ways])

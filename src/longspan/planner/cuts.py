@@ -43,7 +43,7 @@ def shortest(batch: Batch) -> Cut:
 
 
 def _path(batch: Batch, limits: Floats, places: Ints) -> Cut:
-    ends = np.array([_ends(batch, limit, places) for limit in limits]).T
+    ends = _ends(batch, limits, places).T
     each = batch.prices.whole_s(limits)
     total = each + np.where(ends > 0, 0.0, np.inf)
     left = np.zeros(len(places))  # the last place is the end
@@ -59,41 +59,45 @@ def _path(batch: Batch, limits: Floats, places: Ints) -> Cut:
     return Cut(tuple(taken), float(left[0]))
 
 
-def _ends(batch: Batch, limit: float, places: Ints) -> Ints:
-    """By place where a micro-batch begins, the place where one of this limit ends; 0 if at none."""
-    area, memory = batch.smallest_areas, batch.tokens.astype(np.float64)
-    long = batch.most_s(limit)
-    if long:
-        area, memory = area.copy(), memory.copy()
-        area[:long], memory[:long] = _long(batch, limit, long)
+def _ends(batch: Batch, limits: Floats, places: Ints) -> Ints:
+    """By limit and place where a micro-batch begins, the place where it ends; 0 if at none."""
+    shape = len(limits), len(batch.tokens)
+    area = np.broadcast_to(batch.smallest_areas, shape).copy()
+    memory = np.broadcast_to(batch.tokens.astype(np.float64), shape).copy()
+    long = np.array([batch.most_s(limit) for limit in limits])
+    if most := int(long.max()):
+        above = np.arange(most) < long[:, None]
+        own_area, own_memory = _long(batch, limits, most)
+        area[:, :most] = np.where(above, own_area, area[:, :most])
+        memory[:, :most] = np.where(above, own_memory, memory[:, :most])
     possible = np.isfinite(area)
     areas, held = _added(np.where(possible, area, 0.0)), _added(np.where(possible, memory, 0.0))
-    room = (limit - batch.fixed_s) * batch.speed * (1 + 1e-9)
-    most = batch.prices.capacity * (1 + 1e-9)
+    room = (limits - batch.fixed_s) * batch.speed * (1 + 1e-9)
+    fits = batch.prices.capacity * (1 + 1e-9)
     starts = places[:-1]
-    by_time = np.searchsorted(areas, areas[starts] + room, side="right")
-    by_memory = np.searchsorted(held, held[starts] + most, side="right")
+    by_time = _found(areas, areas[:, starts] + room[:, None])
+    by_memory = _found(held, held[:, starts] + fits)
     item = np.maximum(np.minimum(by_time, by_memory) - 1, starts + 1)
     end = np.searchsorted(places, item, side="right") - 1
     end = np.maximum(end, np.arange(1, len(places)))
-    found: Ints = np.where(possible[starts], end, 0)
+    found: Ints = np.where(possible[:, starts], end, 0)
     return found
 
 
-def _long(batch: Batch, limit: float, count: int) -> tuple[Floats, Floats]:
+def _long(batch: Batch, limits: Floats, count: int) -> tuple[Floats, Floats]:
     """Rank-seconds and memory that so many of the longest take in groups of several ranks."""
-    every, all_sizes = np.arange(count), min(count, batch.long)
-    area, memory = np.full(count, np.inf), np.full(count, np.inf)
+    all_sizes, limit = min(count, batch.long), limits[:, None]
+    shape = len(limits), count
+    area, memory = np.full(shape, np.inf), np.full(shape, np.inf)
     density = float(batch.tokens.sum()) / float(batch.areas.sum())
-    for pool, times, alone, size in zip(
-        batch.prices.pools,
-        batch.planned,
-        batch.smallest_s,
-        batch.smallest(every, limit),
-        strict=True,
-    ):
-        c, took = pool.columns, alone[:count].copy()
-        took[:all_sizes] = times[every[:all_sizes], size[:all_sizes]]
+    for pool, times, alone in zip(batch.prices.pools, batch.planned, batch.smallest_s, strict=True):
+        c, took = pool.columns, np.broadcast_to(alone[:count], shape).copy()
+        in_time = times[:all_sizes] <= limits[:, None, None]
+        first = in_time.argmax(axis=2)
+        first[~np.take_along_axis(in_time, first[:, :, None], 2)[:, :, 0]] = -1
+        size = np.zeros(shape, dtype=np.int64)
+        size[:, :all_sizes] = np.where(took[:, :all_sizes] > limit, first, 0)
+        took[:, :all_sizes] = times[np.arange(all_sizes), size[:, :all_sizes]]
         ranks = c.ranks[size]
         took_area = (took - c.fixed_s[size]) * ranks * pool.weight
         # What other sequences could take of the group's memory in the time it has left.
@@ -127,5 +131,10 @@ def _thinned(limits: Floats) -> Floats:
 
 
 def _added(values: Floats) -> Floats:
-    added: Floats = np.concatenate([[0.0], np.cumsum(values)])
+    added: Floats = np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)
     return added
+
+
+def _found(rows: Floats, values: Floats) -> Ints:
+    pairs = zip(rows, values, strict=True)
+    return np.array([np.searchsorted(row, own, side="right") for row, own in pairs])

@@ -128,7 +128,10 @@ def _lines(place: _Place) -> list[tuple[float, float, float]]:
     if not place.ring:
         return [(p.fixed_s + p.heads_fixed_s, p.token_s + p.heads_token_s, p.heads_pair_s)]
     fixed = p.fixed_s + p.ring_fixed_s
-    return [(fixed, p.token_s, p.ring_pair_s), (fixed, p.token_s + p.ring_token_s, 0.0)]
+    return [
+        (fixed, p.token_s + p.ring_busy_s, p.ring_pair_s),
+        (fixed, p.token_s + p.ring_token_s, 0.0),
+    ]
 
 
 def _places(prices: Prices) -> Iterator[_Place]:

@@ -27,6 +27,7 @@ Codes = tuple[int, ...]  # a layout: for each mesh axis the dim that it shards, 
 Price = tuple[float, float]  # seconds, and seconds for each byte of the whole tensor
 
 Row = Literal["gather", "scatter", "reduce", "switch"]
+_LARGE = 1 << 36  # rows of a tensor whose bytes are all that counts
 
 
 class Wires(Protocol):
@@ -54,10 +55,21 @@ class ClusterWires:
     """Prices on a described cluster, whose first ranks make up the mesh, row by row.
 
     ``flat_sums``: what is summed over several axes goes around one ring of all their ranks.
+    ``handling``: not what a change takes, but what it takes from the computing of a rank.
     """
 
-    def __init__(self, cluster: Cluster, sizes: Sequence[int], flat_sums: bool = False) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        sizes: Sequence[int],
+        flat_sums: bool = False,
+        *,
+        handling: bool = False,
+    ) -> None:
         self.cluster, self.sizes, self.flat_sums = cluster, tuple(sizes), flat_sums
+        self.handling, self._capacity = handling, cluster.capacity.copy()
+        if handling:
+            self._capacity[: len(cluster.fabric.capacity)] = np.inf
         self._known: dict[tuple[Row, int, int], Price] = {}
 
     def row(self, kind: Row, start: int, end: int) -> Price:
@@ -73,22 +85,30 @@ class ClusterWires:
             return 0.0, 0.0
         if kind == "reduce" and end - start > 1 and not self.flat_sums:
             return self._reduce(start, end)
-        before, after = _SIDES[kind]
-        # A shape that is shared evenly, and large enough for whole bytes.
-        shape = (world * 1024, world)
-        step = Step("", world, before, after, shape)
         groups = list(self._groups(start, end))
+        latency, took = self._change(kind, groups, _LARGE)
+        once, each = 0.0 if self.handling else latency, took / (_LARGE * world**2)
+        if self.cluster.handles:  # messages take something, however small
+            once += max(0.0, self._change(kind, groups, 1)[1] - each * world**2)
+        return once, each
+
+    def _change(
+        self, kind: Row, groups: Sequence[tuple[int, ...]], rows: int
+    ) -> tuple[float, float]:
+        """Seconds of latency and of transfer of so many rows for each rank, a byte for each."""
+        world = len(groups[0])
+        before, after = _SIDES[kind]
+        step = Step("", world, before, after, (rows * world, world))
         ops = step.comms(groups[0], 1)  # the others do the same
         asked = [[demand(replace(op, ranks=ranks), self.cluster) for op in ops] for ranks in groups]
-        latency, slope = 0.0, 0.0
-        capacity = self.cluster.fabric.capacity
+        latency, took = 0.0, 0.0
         for together in zip(*asked, strict=True):
-            load = np.zeros(len(capacity))
+            load = np.zeros(len(self._capacity))
             for one in together:
                 load[one.pipes] += one.bytes
             latency += max(one.latency_s for one in together)
-            slope += float((load / capacity).max()) / prod(shape)
-        return latency, slope
+            took += float((load / self._capacity).max())
+        return latency, took
 
     def _reduce(self, start: int, end: int) -> Price:
         """A sum over several axes: scattered from the innermost outwards, gathered inwards."""

@@ -14,26 +14,42 @@ from longspan.planner.prices import Ints, Prices
 from longspan.planner.spread import fill, spread
 from longspan.planner.teams import Shelf, Team, place, share
 
-__all__ = ["best_shelf", "even_shelf", "full_shelf"]
+__all__ = ["Known", "best_shelf", "even_shelf", "full_shelf"]
 
 _LIMITS = (1.0, 1.03, 1.07, 1.13, 1.25, 1.5, 2.2, 5.0)
 _ALL_LIMITS = 64  # so few sequences times sizes have all limits, and rests of all sizes, tried
 
 
+Known = dict[tuple[object, ...], tuple[Shelf, Ints]]
+
+
 def full_shelf(
-    batch: Batch, items: Ints, limit_s: float, *, unit: int = 1, snap: bool = False
+    batch: Batch,
+    items: Ints,
+    limit_s: float,
+    known: Known,
+    *,
+    unit: int = 1,
+    snap: bool = False,
 ) -> tuple[Shelf, Ints]:
     """A shelf of as many of these as end in time, longest first; and the others.
 
     Short ones get groups of ``unit`` ranks. With ``snap`` what the long ones' groups take becomes
-    the limit. The longest sequence is in the shelf, whatever it takes.
+    the limit, so that many limits are one: what came of them is kept in ``known``. The longest
+    sequence is in the shelf, whatever it takes.
     """
     limit_s = max(limit_s, batch.least_limit_s(int(items[0])) * (1 + 1e-9))
-    teams, others, left = _opened(batch, items, batch.smallest(items, limit_s), batch.only or unit)
-    if snap:
-        limit_s = max((team.seconds for team in teams), default=0.0) or limit_s
-    left += fill(teams, others, batch.tokens[others], batch.pairs[others], limit_s)
-    return Shelf(teams), np.sort(np.array(left, dtype=np.int64))
+    unit, sizes = batch.only or unit, batch.smallest(items, limit_s)
+    key = (unit, items.tobytes(), *(size.tobytes() for size in sizes))
+    if snap and key in known:
+        return known[key]
+    teams, others, left = _opened(batch, items, sizes, unit)
+    snapped = max((team.seconds for team in teams), default=0.0) if snap else 0.0
+    left += fill(teams, others, batch.tokens[others], batch.pairs[others], snapped or limit_s)
+    found = Shelf(teams), np.sort(np.array(left, dtype=np.int64))
+    if snapped:
+        known[key] = found
+    return found
 
 
 def even_shelf(batch: Batch, items: Ints, limit_s: float) -> Shelf | None:
@@ -48,10 +64,10 @@ def best_shelf(batch: Batch, items: Sequence[int], hint_s: float = 0.0) -> Shelf
     """
     where = np.array(sorted(items), dtype=np.int64)
     floor = batch.floor_s(where)
-    few = len(where) * sum(times.shape[1] for times in batch.times) <= _ALL_LIMITS
+    few = len(where) * len(batch.sizes) <= _ALL_LIMITS
     units = [batch.only or 1]
     if few and batch.only is None:
-        units = sorted({price.ranks for pool in batch.prices.pools for price in pool.prices})
+        units = sorted(set(batch.sizes))
     limits = _limits(batch, where, floor, hint_s, few)
     found = [_best(batch, where, limits, unit) for unit in units]
     return min(filter(None, found), key=lambda shelf: shelf.seconds, default=None)

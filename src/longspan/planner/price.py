@@ -3,7 +3,8 @@
 Two sums of seconds are kept apart. ``now`` is what nothing hides: computing, moving activations and
 their gradients, summing partial outputs. ``later`` is what can go on beside the backward of other
 layers: summing weights' gradients, less the backward that it may hide behind. A step takes the sum
-of all ``now`` and, if that is positive, of all ``later``.
+of all ``now`` and, if that is positive, of all ``later``. Where devices compute for what they send,
+sums that are hidden make backward longer, which is in ``now``.
 
 Forward moves what ``Layer`` counts; backward computes twice as much (once where only the weights or
 only the input need gradients), attention 2.5 times.
@@ -104,6 +105,10 @@ class Prices:
         else:
             wires = ClusterWires(cluster, self.sizes, pricing.flat_sums)
         self.moves = Moves(wires)
+        self._handling: Moves | None = None  # what moves take from computing
+        if cluster.handles and not self.pase:
+            taken = ClusterWires(cluster, self.sizes, pricing.flat_sums, handling=True)
+            self._handling = Moves(taken)
         self._kinds: dict[tuple[object, ...], Node] = {}
         self._edges: dict[tuple[object, ...], Edge] = {}
         self._between: dict[tuple[object, ...], Floats] = {}
@@ -160,7 +165,10 @@ class Prices:
         summing, summing_back = self._summed(layer, choice)
         now = forward + backward + summing + summing_back
         again = forward + summing
-        weights = self._weights(layer, choice)
+        weights = self._weights(layer, choice, self.moves)
+        taken = WeightPrice()
+        if self._handling:
+            taken = self._weights(layer, choice, self._handling)
         held, sharded = weights.held, weights.sharded
         update = held * (3 + 2 * self.pricing.optimizer_bytes / 4) * 4 / self._memory_rate
         update_sharded = sharded * (3 + 2 * self.pricing.optimizer_bytes / 4) * 4
@@ -169,20 +177,22 @@ class Prices:
         kept = layer.kept_bytes * self.moves.local(self.output(layer, choice))
         if self.pase:
             update = update_sharded = 0.0
-        hides = self.pricing.overlap * backward
+        overlap = self.pricing.overlap
         none = np.inf
         zero = 0.0 if self.pricing.zero and sharded < held else none
         once_more = 0.0 if self.pricing.recompute and kept else none
         rows = []
         for with_zero, with_again in OPTIONS:
-            cost = now + (update_sharded if with_zero else update)
-            later = weights.reduce_s - hides
+            sums_s, taken_s = weights.reduce_s, taken.reduce_s
+            if with_zero:
+                sums_s, taken_s = weights.scatter_s, taken.scatter_s
+            cost = now + (update_sharded if with_zero else update) + overlap * taken_s
+            later = sums_s - overlap * (backward + taken_s)
             bytes_held = (sharded if with_zero else held) * state
             bytes_held += 0.0 if with_again else kept
             if with_zero:
                 # Gathers aren't made ahead of their layer.
                 cost += weights.gather_s + weights.again_s + zero
-                later = weights.scatter_s - hides
             if with_again:
                 cost += again + once_more
             rows.append((cost, later, bytes_held))
@@ -191,7 +201,7 @@ class Prices:
 
     def parts(self, layer: Layer, choice: Choice, zero: bool) -> dict[str, float]:
         """What a layer's seconds go to, as if nothing was hidden."""
-        weights = self._weights(layer, choice)
+        weights = self._weights(layer, choice, self.moves)
         sharded_s = weights.scatter_s + weights.gather_s + weights.again_s
         return {
             "computing": sum(self.compute(layer, choice)),
@@ -272,9 +282,9 @@ class Prices:
             back += took * norm
         return forward, back
 
-    def _weights(self, layer: Layer, choice: Choice) -> WeightPrice:
+    def _weights(self, layer: Layer, choice: Choice, moves: Moves) -> WeightPrice:
         done, bucket = self.output(layer, choice), self.pricing.bucket_bytes
-        return weight_price(layer, choice, done, self.moves, bucket)
+        return weight_price(layer, choice, done, moves, bucket)
 
     def _state_bytes(self, layer: Layer) -> float:
         """Bytes a parameter: itself, its gradient, the optimizer's state."""

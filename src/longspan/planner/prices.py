@@ -24,8 +24,9 @@ class Price(NamedTuple):
 
     ``fixed_s`` once a micro-batch, ``token_s`` a token. Attention is the quicker one of a head
     exchange, ``heads_pair_s`` a pair and ``heads_token_s`` a token, and a ring, whose transfers of
-    ``ring_token_s`` a token run while it computes ``ring_pair_s`` a pair; ``heads_fixed_s`` and
-    ``ring_fixed_s`` are their latencies. ``heads_sent`` and ``ring_sent`` are bytes that the
+    ``ring_token_s`` a token run while it computes ``ring_pair_s`` a pair, and ``ring_busy_s`` a
+    token for what it sends and receives; ``heads_fixed_s`` and ``ring_fixed_s`` are what messages
+    and rounds take, however small. ``heads_sent`` and ``ring_sent`` are bytes that the
     busiest rank sends for a token.
     """
 
@@ -39,6 +40,7 @@ class Price(NamedTuple):
     ring_fixed_s: float
     ring_pair_s: float
     ring_token_s: float
+    ring_busy_s: float
     heads_sent: float
     ring_sent: float
 
@@ -49,7 +51,8 @@ class Price(NamedTuple):
     def _ways(self, tokens: float, pairs: float, share: int) -> tuple[float, float]:
         heads = self.heads_fixed_s + self.heads_pair_s * pairs
         heads += self.heads_token_s * tokens * share
-        behind = max(self.ring_pair_s * pairs, self.ring_token_s * tokens * share)
+        busy = self.ring_pair_s * pairs + self.ring_busy_s * tokens
+        behind = max(busy, self.ring_token_s * tokens * share)
         return heads, self.ring_fixed_s + behind
 
     def inside(
@@ -82,6 +85,14 @@ class Pool:
         arrays: list[Any] = [np.array(column) for column in zip(*self.prices, strict=True)]
         return Price(*arrays)
 
+    @cached_property
+    def anyway_s(self) -> Floats:
+        """By size, the most that a group takes before its first token: latencies, too."""
+        c = self.columns
+        ring = np.where(np.isfinite(c.ring_fixed_s), c.ring_fixed_s, 0.0)
+        found: Floats = c.fixed_s + np.maximum(c.heads_fixed_s, ring)
+        return found
+
     def seconds(self, tokens: Ints, pairs: Floats, share: Any = 1) -> Floats:
         """Seconds that each of these sequences takes alone by size: (sequences, sizes).
 
@@ -91,7 +102,8 @@ class Pool:
         c = self.columns
         held, seen = tokens[:, None].astype(np.float64), pairs[:, None]
         heads = c.heads_fixed_s + c.heads_pair_s * seen + c.heads_token_s * share * held
-        behind = np.maximum(c.ring_pair_s * seen, c.ring_token_s * share * held)
+        busy = c.ring_pair_s * seen + c.ring_busy_s * held
+        behind = np.maximum(busy, c.ring_token_s * share * held)
         ring = c.ring_fixed_s + behind
         found: Floats = c.fixed_s + c.token_s * held + np.minimum(heads, ring)
         return np.where(held > c.most_tokens, np.inf, found)

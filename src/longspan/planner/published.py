@@ -112,6 +112,7 @@ def _price(model: PublishedModel, size: int, most: int) -> Price:
         ring_fixed_s=np.inf,
         ring_pair_s=0.0,
         ring_token_s=0.0,
+        ring_busy_s=0.0,
         heads_sent=sent if size > 1 else 0.0,
         ring_sent=0.0,
     )

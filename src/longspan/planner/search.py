@@ -13,19 +13,22 @@ import numpy as np
 
 from longspan.planner.alone import Batch
 from longspan.planner.cuts import Cut, shortest
-from longspan.planner.pack import best_shelf, even_shelf, full_shelf
+from longspan.planner.pack import Known, best_shelf, even_shelf, full_shelf
+from longspan.planner.prices import Ints
 from longspan.planner.teams import Shelf
 
 __all__ = ["search", "total_s"]
 
 _FEW = 16  # so few sequences are all moved one by one
 _HOPE = 0.95  # packings take at least about so much of what fluids do
-_REPACKED = 1024  # of so few sequences every micro-batch is packed at other limits, too
-_WORK = 32_000  # about so many sequences and groups are placed, in all packings together;
-_EACH = 16  # a micro-batch counts as so many more
+_SOME = 1024  # of so few sequences every micro-batch is packed at other limits, too
+# About so many sequences and groups are placed, in all packings of some or of more sequences
+# together; a micro-batch counts as so many more.
+_WORK, _MORE_WORK, _EACH = 10_000, 32_000, 16
 # By how much a cut's time limits are scaled: at first, those that snap and those that don't; then
 # from the best, more and more finely.
-_SNAPPED, _PLAIN, _STEPS = (1.0, 1.15, 1.35), (1.0, 1.1), (0.05, 0.025, 0.0125)
+_SNAPPED, _PLAIN, _STEPS = (1.01, 1.15, 1.35), (1.0, 1.1), (0.05, 0.025, 0.0125)
+_FULL = 1e3  # so that only memory limits a micro-batch: where all groups are alike, none waits
 _UNITS = (4, 8)  # ranks of short sequences' groups, where one each may be less full of memory
 
 
@@ -43,6 +46,8 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
 
     None are returned if there is no hope that they take less than ``under_s``.
     """
+    if batch.least_s(np.arange(len(batch.tokens))) >= under_s:
+        return []
     cut = shortest(batch)
     if cut.seconds * _HOPE >= under_s:
         return []
@@ -51,17 +56,19 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
     ways = [_Way(scale, True) for scale in _SNAPPED] + [_Way(scale, False) for scale in _PLAIN]
     for way in ways:
         tries.pack(way)
-    if batch.only is None:
+    if batch.only is not None:
+        tries.pack(_Way(_FULL, False))
+    else:
         loose = len(tries.best) > batch.least_count(np.arange(len(batch.tokens)))
         for way in ways if loose else [tries.way, replace(tries.way, snap=not tries.way.snap)]:
-            for unit in _UNITS:
+            for unit in [unit for unit in _UNITS if unit in batch.sizes]:
                 tries.pack(replace(way, unit=unit))
     for step in _STEPS:
         way = tries.way
         for scale in (way.scale * (1 + step), way.scale / (1 + step)):
             tries.pack(replace(way, scale=scale))
     best = tries.best
-    if len(batch.tokens) <= _REPACKED:
+    if len(batch.tokens) <= _SOME:
         best = [_repacked(batch, shelf) for shelf in best]
     return _improved(batch, best) if few else best
 
@@ -74,8 +81,11 @@ class _Tries:
         self.best: list[Shelf] = []
         self.least = under_s
         self.way = _Way(1.0, True)
-        # What is sought beside powers of two has half the work.
-        self.work = _WORK // 2 if batch.any_size and not batch.powers else _WORK
+        self.known: Known = {}
+        self.evened: dict[bytes, Shelf | None] = {}
+        self.work = _WORK if len(batch.tokens) <= _SOME else _MORE_WORK
+        if batch.any_size and not batch.powers:  # sought beside powers of two: half the work
+            self.work //= 2
 
     def pack(self, way: _Way) -> None:
         """Each micro-batch filled up, what doesn't fit goes to the next; the last one evenly."""
@@ -90,12 +100,12 @@ class _Tries:
             if took + batch.least_s(rest) >= self.least:
                 return
             limit = max(limits[min(len(shelves), len(limits) - 1)] * way.scale, floor)
-            shelf, left = full_shelf(batch, rest, limit, unit=way.unit, snap=way.snap)
+            shelf, left = full_shelf(batch, rest, limit, self.known, unit=way.unit, snap=way.snap)
             if not shelf.items:  # groups of so many ranks are too few, or too slow
                 assert way.unit > 1  # else the longest has room, as all ranks are free
                 return
             if not len(left):
-                even = even_shelf(batch, rest, max(batch.floor_s(rest), floor))
+                even = self._even(rest, floor)
                 shelf = even if even and even.seconds < shelf.seconds else shelf
             self.work -= len(rest) - len(left) + len(shelf.teams) + _EACH
             shelves.append(shelf)
@@ -103,6 +113,13 @@ class _Tries:
             rest = left
         if took < self.least:
             self.best, self.least, self.way = shelves, took, way
+
+    def _even(self, rest: Ints, floor: float) -> Shelf | None:
+        key = rest.tobytes()
+        if key not in self.evened:
+            limit = max(self.batch.floor_s(rest), floor)
+            self.evened[key] = even_shelf(self.batch, rest, limit)
+        return self.evened[key]
 
 
 def _repacked(batch: Batch, shelf: Shelf) -> Shelf:

@@ -5,6 +5,7 @@ Both take sequences longest first. They are the search's innermost loops.
 
 import heapq
 from bisect import bisect_right
+from itertools import chain, repeat
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from longspan.planner.teams import Team
 
 __all__ = ["fill", "spread"]
 
+_ALIKE = 4  # for so many groups of one line it is worth while to make a list of what each adds
 _SCANNED = 12  # so few groups are all looked at for each sequence
 
 
@@ -27,25 +29,35 @@ def fill(teams: list[Team], items: Ints, tokens: Ints, pairs: Floats, end_s: flo
     sizes, squares = tokens[::-1].tolist(), pairs[::-1].tolist()
     line: _Line | None = None
     more: list[float] = []  # what each of the rest adds to groups of that line
-    for team in teams:
-        own = _line(team)
+    lines = [_line(team) for team in teams]
+    later = chain(lines[_ALIKE:], repeat(None))
+    for team, own, following in zip(teams, lines, later, strict=False):
+        if not rest:
+            break
         fixed, token_s, pair_s, ring = own
-        if own != line and ring is None:
-            left = np.array(sizes, dtype=np.float64), np.array(squares)
-            more = (token_s * left[0] + pair_s * left[1]).tolist()
-        line, room = own, team.price.most_tokens
-        while place := bisect_right(sizes, room - team.tokens):
-            if ring is None:
-                spare = end_s - (fixed + token_s * team.tokens + pair_s * team.pairs)
-                place = min(place, bisect_right(more, spare))
-            else:
-                place = _in_time(own, team, sizes, squares, place, end_s)
-            if not place:
-                break
+        room = team.price.most_tokens - team.tokens
+        place = bisect_right(sizes, room)
+        if ring is not None or own not in (line, following):
+            while place and (place := _in_time(own, team, sizes, squares, place, end_s)):
+                place -= 1
+                team.add(rest.pop(place), sizes.pop(place), squares.pop(place))
+                place = bisect_right(sizes, team.price.most_tokens - team.tokens)
+            line = None
+            continue
+        if own != line:
+            more = [token_s * n + pair_s * q for n, q in zip(sizes, squares, strict=True)]
+            line = own
+        # Time and memory only shrink, so that no longer one than the last one fits.
+        taken, seen = team.items, team.pairs
+        spare = end_s - (fixed + token_s * team.tokens + pair_s * seen)
+        while place := bisect_right(more, spare, 0, place):
             place -= 1
-            team.add(rest.pop(place), sizes.pop(place), squares.pop(place))
-            if ring is None:
-                del more[place]
+            spare -= more.pop(place)
+            room -= sizes.pop(place)
+            seen += squares.pop(place)
+            taken.append(rest.pop(place))
+            place = bisect_right(sizes, room, 0, place)
+        team.tokens, team.pairs = team.price.most_tokens - room, seen
     return rest
 
 
@@ -86,6 +98,8 @@ def spread(
             else:
                 best.add(item, size, square)
         return left
+    held, seen = [team.tokens for team in teams], [team.pairs for team in teams]
+    rooms = [team.price.most_tokens for team in teams]
     heap = [
         (max(team.seconds / limit_s, team.tokens / team.price.most_tokens), place)
         for place, team in enumerate(teams)
@@ -93,17 +107,21 @@ def spread(
     heapq.heapify(heap)
     for item, size, square in given:
         aside: list[tuple[float, int]] = []
-        while heap and (team := teams[heap[0][1]]).tokens + size > team.price.most_tokens:
+        while heap and held[heap[0][1]] + size > rooms[heap[0][1]]:
             aside.append(heapq.heappop(heap))
         if heap:
             place = heap[0][1]
-            team.add(item, size, square)
-            full = _seconds(lines[place], team.tokens, team.pairs) / limit_s
-            heapq.heapreplace(heap, (max(full, team.tokens / team.price.most_tokens), place))
+            teams[place].items.append(item)
+            held[place] = took = held[place] + size
+            seen[place] = pairs_taken = seen[place] + square
+            full = _seconds(lines[place], took, pairs_taken) / limit_s
+            heapq.heapreplace(heap, (max(full, took / rooms[place]), place))
         else:
             left.append(item)
         for one in aside:
             heapq.heappush(heap, one)
+    for team, tokens_taken, pairs_taken in zip(teams, held, seen, strict=True):
+        team.tokens, team.pairs = tokens_taken, pairs_taken
     return left
 
 
@@ -120,8 +138,9 @@ def _line(team: Team) -> _Line:
     )
     if p.ring_fixed_s == np.inf:
         return *heads, None
-    ring = (p.fixed_s + p.ring_fixed_s, p.token_s, p.ring_pair_s, p.ring_token_s * team.share)
-    return *heads, ring
+    # What its transfers take from computing it takes in any case.
+    fixed, token_s = p.fixed_s + p.ring_fixed_s, p.token_s + p.ring_busy_s
+    return *heads, (fixed, token_s, p.ring_pair_s, p.ring_token_s * team.share - p.ring_busy_s)
 
 
 def _seconds(line: _Line, tokens: int, pairs: float) -> float:

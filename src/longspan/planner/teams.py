@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from longspan.planner.prices import Price, Prices
 
@@ -34,13 +35,13 @@ class Team:
         return self.price.seconds(self.tokens, self.pairs, self.share)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, eq=False)
 class Shelf:
-    """The groups of one micro-batch."""
+    """The groups of one micro-batch, which don't change any more."""
 
     teams: list[Team]
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         """When the last group ends."""
         return max((team.seconds for team in self.teams), default=0.0)
@@ -85,8 +86,8 @@ def place(
 
 def _least(size: int, nodes: Sequence[int], free: Sequence[int]) -> int | None:
     """The first node of the fewest free ranks that are enough."""
-    own = [free[node] for node in nodes]
-    for count in range(size, max(own, default=0) + 1):
-        if count in own:
-            return nodes[own.index(count)]
-    return None
+    enough = [free[node] for node in nodes if free[node] >= size]
+    if not enough:
+        return None
+    least = min(enough)
+    return next(node for node in nodes if free[node] == least)

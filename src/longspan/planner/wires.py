@@ -75,7 +75,9 @@ class Wires:
         return np.array(found)
 
     def latency(self, counts: Ints) -> float:
-        """Of a message between the farthest of a group."""
+        """Of a message between the farthest of a group; a rank alone sends none."""
+        if counts.sum() == 1:
+            return 0.0
         return self.far_latency_s if len(counts) > 1 else self.near_latency_s
 
     def all_to_all(self, counts: Ints, token_bytes: float) -> tuple[float, float]:

@@ -18,6 +18,9 @@ from longspan.errors import ClusterError
 from longspan.planner.prices import Floats, Ints, Pool, Price, Prices, Sharding
 from longspan.planner.state import State
 from longspan.planner.wires import Wires
+from longspan.schedule.ring import Block
+from longspan.schedule.ring_tasks import AttentionKernels
+from longspan.schedule.rounds import Round
 
 __all__ = ["Rates", "Workload", "shardings"]
 
@@ -92,9 +95,10 @@ class Workload:
         # Cross entropy: logits in fp32, log-softmax and gradient, each written and read.
         moved += 24 * model.vocab
         token_s = flops / self._rate(device, kind, "matmul") + moved / device.bytes_per_s
+        heads = model.head_dim
         pair = 4 * model.heads * model.head_dim * model.layers
-        pair_s = (1 + again * (1 - kept)) * pair / self._rate(device, kind, "attention")
-        pair_s += _BACKWARD * pair / self._rate(device, kind, "attention backward")
+        pair_s = (1 + again * (1 - kept)) * pair / self._rate(device, kind, f"attention {heads}")
+        pair_s += _BACKWARD * pair / self._rate(device, kind, f"attention backward {heads}")
         kernels = model.layers * _KERNELS * (1 + again / 3)
         return Rates(kernels * device.overhead_s, token_s, pair_s)
 
@@ -106,7 +110,9 @@ class Workload:
         for kind, rates in self.rates.items():
             slower = rates.pair_s / told.rates_of(kind).pair_s
             if slower > 0:
-                names = ("attention", "attention backward")
+                names = [
+                    f"{op} {self.model.head_dim}" for op in ("attention", "attention backward")
+                ]
                 own = {name: {self.dtype: self._rate(kinds[kind], kind, name) / slower}
                        for name in names}  # fmt: skip
                 kinds[kind] = kinds[kind].model_copy(
@@ -189,15 +195,18 @@ class Workload:
         weight: float,
     ) -> Pool:
         slowest = Rates.slowest([self.rates_of(kind) for kind in kinds])
+        devices = [self.cluster.devices[kind] for kind in kinds]
         most = min(state.most_tokens(kind) for kind in kinds)
         found = tuple(
-            self._price(size, slowest, most, wires)
+            self._price(size, slowest, devices, most, wires)
             for size in sizes
             if (size & (size - 1) == 0 if self.powers_of_two else _tried(size, wires.node))
         )
         return Pool(tuple(nodes), weight, found)
 
-    def _price(self, size: int, rates: Rates, most: int, wires: Wires) -> Price:
+    def _price(
+        self, size: int, rates: Rates, devices: Sequence[Device], most: int, wires: Wires
+    ) -> Price:
         model, counts = self.model, wires.counts(size)
         again = 1 if self.checkpointing != "none" else 0
         q = model.heads * model.head_dim * model.dtype_bytes
@@ -216,20 +225,43 @@ class Workload:
         ring = ((1 + again) * hops * kv + back) * model.layers if size > 1 else 0.0
         rounds = (size - 1) * (2 + again) + 1
         latency = wires.latency(counts)
+        heads_busy, ring_busy = (
+            max(device.message_s * messages + device.overhead_s * kernels for device in devices)
+            for messages, kernels in self._handled(size)
+        )
         return Price(
             ranks=size,
             most_tokens=most * size,
             fixed_s=rates.micro_batch_s,
             token_s=rates.token_s / size,
-            heads_fixed_s=4 * (2 + again) * model.layers * latency,
+            heads_fixed_s=(4 * (2 + again) * latency + heads_busy) * model.layers,
             heads_pair_s=rates.pair_s / size * most_heads,
             heads_token_s=heads_s,
-            ring_fixed_s=rounds * model.layers * latency if size > 1 else np.inf,
+            ring_fixed_s=(rounds * latency + ring_busy) * model.layers if size > 1 else np.inf,
             ring_pair_s=rates.pair_s / size,
             ring_token_s=ring / wires.hop_bytes_per_s(counts) if size > 1 else 0.0,
+            ring_busy_s=2 * ring * max(device.byte_s for device in devices),
             heads_sent=heads_sent,
             ring_sent=ring,
         )
+
+    def _handled(self, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Messages and kernels that a group of a size adds to a layer's: by heads, by a ring.
+
+        A ring's are those of one document that all share; what is whole on a rank adds none.
+        """
+        others, again = size - 1, 1 if self.checkpointing != "none" else 0
+        own = AttentionKernels(1, 1, 1, self.dtype)
+        a_round = Round(0, (Block(0, 1, 0, 1, False),), (), ())
+        forward, backward = (
+            sum(op.kernels for _, op in own.attend(a_round, False, back)) for back in (False, True)
+        )
+        # Keys and values go around forward; backward they or the queries, and gradients.
+        ring = 2 * (3 + again) * others, others * ((1 + again) * forward + backward)
+        # Two exchanges forward, two backward, each with a message to each of the others and one
+        # from it, which are packed and unpacked.
+        each = 2 * (2 + again) * 2 * others
+        return (each, each), ring
 
 
 def _tried(size: int, node: int) -> bool:

@@ -20,13 +20,14 @@ class Compute:
     """Work of one rank: ``flops`` floating point operations and ``bytes`` of memory traffic.
 
     ``kind`` names the rate it runs at ("matmul", "attention", …), ``dtype`` torch's name of the
-    number format.
+    number format. ``kernels``: how many are launched for it.
     """
 
     kind: str
     flops: float
     bytes: float = 0.0
     dtype: str = "float32"
+    kernels: int = 1
 
 
 @dataclass(frozen=True, slots=True)

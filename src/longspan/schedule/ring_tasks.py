@@ -19,6 +19,9 @@ __all__ = ["AttentionKernels", "Kernels", "Named", "ring_tasks"]
 
 Named = tuple[str, Compute]
 _BACKWARD = 2.5  # five matrix products to forward's two
+# Kernels of a pass that adds a block's results up: forward's of ``attention.merge``, and backward's
+# of the gradients of queries, keys and values.
+_MERGE, _ADD = 10, 3
 
 
 class Kernels(Protocol):
@@ -97,9 +100,9 @@ class AttentionKernels:
 
     def attend(self, turn: Round, first: bool, backward: bool) -> Sequence[Named]:
         """A kernel and a pass for each block, of the round's part of the heads."""
-        name, kind, factor = "forward", "attention", 1.0
+        name, kind, factor, kernels = "forward", "attention", 1.0, _MERGE
         if backward:
-            name, kind, factor = "backward", "attention backward", _BACKWARD
+            name, kind, factor, kernels = "backward", "attention backward", _BACKWARD, _ADD
         found: list[Named] = []
         heads, kv_heads = self.heads // turn.parts, self.kv_heads // turn.parts
         for block in turn.blocks:
@@ -108,8 +111,8 @@ class AttentionKernels:
             if backward:
                 numbers += 2 * kv_heads * (block.kv_stop - block.kv_start)
             size = numbers * self.head_dim * (self.dtype_bytes + 8)
-            found.append((name, Compute(kind, flops, dtype=self.dtype)))
-            found.append(("add up", Compute("elementwise", 0, size, self.dtype)))
+            found.append((name, Compute(f"{kind} {self.head_dim}", flops, dtype=self.dtype)))
+            found.append(("add up", Compute("elementwise", 0, size, self.dtype, kernels)))
         return found
 
     def add(self, turn: Round, first: bool, received: Sequence[Transfer]) -> Sequence[Named]:

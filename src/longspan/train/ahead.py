@@ -101,7 +101,12 @@ def _pool() -> ProcessPoolExecutor:
 
 
 def _settle() -> None:
-    """The planner's process leaves when its parent has, and not for a signal to all."""
+    """The planner's process leaves when its parent has, and not for a signal to all.
+
+    It takes what training leaves of the processor: a plan is due only some steps later, and a rank
+    that waits for others or for a link leaves much.
+    """
+    os.nice(19)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -12,7 +12,7 @@ from longspan.outer.sync import OuterSync
 from longspan.train.checkpoint import Progress, load_newest, save
 from longspan.train.figures import plan_figures, ring_figures
 from longspan.train.job import Job, prove
-from longspan.train.optimize import lr_at, set_lr
+from longspan.train.optimize import lr_at, set_lr, steps_done
 from longspan.train.sites import figures_of
 from longspan.train.step import StepRunner, summed
 from longspan.train.stop import StopWish
@@ -70,7 +70,8 @@ def _step(job: Job, progress: Progress, wish: StopWish) -> tuple[Progress, bool]
     with recorder.span("optimizer"):
         parameters = runner.model.parameters()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
-        lr = lr_at(progress.step, config.train.steps, config.optimizer)
+        own = steps_done(job.optimizer)
+        lr = lr_at(progress.step, config.train.steps, config.optimizer, own)
         set_lr(job.optimizer, lr)
         job.optimizer.step()
         job.optimizer.zero_grad()

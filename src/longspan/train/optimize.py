@@ -7,7 +7,7 @@ from torch import nn
 
 from longspan.train.config import Optimizer
 
-__all__ = ["lr_at", "make_optimizer", "set_lr"]
+__all__ = ["lr_at", "make_optimizer", "set_lr", "steps_done"]
 
 
 def make_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
@@ -22,13 +22,26 @@ def make_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
-def lr_at(step: int, steps: int, config: Optimizer) -> float:
-    """The learning rate of a step, counted from 0: linear warm-up, then a cosine (1608.03983)."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+def lr_at(step: int, steps: int, config: Optimizer, own: int | None = None) -> float:
+    """The learning rate of a step, counted from 0: linear warm-up, then a cosine (1608.03983).
+
+    ``own``: steps that the optimizer itself has done, if fewer: a site that joins others in the
+    middle warms up, too, as moments of few steps make Adam's first ones far too long.
+    """
+    warm = step if own is None else min(step, own)
+    ramp = config.lr
+    if warm < config.warmup_steps:
+        ramp = config.lr * (warm + 1) / config.warmup_steps
+    done = max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     share = config.final_lr_share
-    return config.lr * (share + (1 - share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    falling = share + (1 - share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return min(ramp, config.lr * falling)
+
+
+def steps_done(optimizer: torch.optim.Optimizer) -> int:
+    """The steps that the optimizer's moments are of; 0 for a new one."""
+    first = next(iter(optimizer.state.values()), None)
+    return int(first["step"]) if first else 0
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

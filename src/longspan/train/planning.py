@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig
 from longspan.cluster.spec import read_cluster
 from longspan.comm.agree import leaders_words
 from longspan.comm.groups import Groups
-from longspan.errors import ConfigError, LongspanError, PlanError
+from longspan.errors import ConfigError, LongspanError, MemoryLimitError, PlanError
 from longspan.models.windows import layer_windows
 from longspan.plan import BatchPlan
 from longspan.planner.batches import plan_batch
@@ -30,6 +31,10 @@ from longspan.train.record import Recorder
 from longspan.train.step import StepRunner
 
 __all__ = ["Planning", "shards_of"]
+
+# Ranks that share parameters wait for each other at every layer, which has no price yet: sharding
+# that isn't needed for memory must gain more than this.
+_AS_GOOD = 1.02
 
 
 class Planning:
@@ -64,12 +69,22 @@ class Planning:
         best, wrong = "", ""
         if dist.get_rank() == 0:
             try:
-                best = self._plan(self._batches.lengths_of(0, self._size)).sharding
+                best = self.best_sharding(self._batches.lengths_of(0, self._size))
             except LongspanError as error:
                 wrong = str(error)
         if wrong := leaders_words(wrong):
             raise PlanError(wrong)
         return leaders_words(best)  # type: ignore[return-value]
+
+    def best_sharding(self, lengths: tuple[int, ...]) -> Sharding:
+        """What suits these lengths: whole parameters, if all else gains little."""
+        plan = self._plan(lengths)
+        with suppress(MemoryLimitError):
+            self._plan((self._batches.longest_piece,), sharding="none")  # it will come
+            whole = self._plan(lengths, sharding="none")
+            if whole.seconds <= plan.seconds * _AS_GOOD:
+                return "none"
+        return plan.sharding
 
     def start(self, runner: StepRunner, sharding: Sharding, recorder: Recorder) -> PlannedBatches:
         """Measure how fast the model is, if a run before hasn't, and begin to plan."""
