@@ -2,10 +2,10 @@
 
 In the lab, 2 sites × 2 ranks of 0.45 core, FSDP2 inside a site (parameters gathered once a step), a
 Llama of 5.1M parameters on the bytes of the standard library's sources, float32, the same inner
-optimizer, each method with the best of the learning rates tried for it. Data-parallel learns over
+optimizer, each method with about the best learning rate tried for it. Data-parallel learns over
 an unshaped link, since it would take hours over this one; its time a step is that of 20 steps over
-it. Both DiLoCos take the plain mean of the sites: the run has too few rounds for momentum. Losses
-are those of the validation documents, with the global parameters.
+it. Both DiLoCos take the plain mean of the sites: with so few rounds momentum loses. Losses are
+those of the validation documents, with the global parameters.
 
 benchmarks/overlap.py looks at what transfers cost the steps, and at sites of unequal speed.
 
@@ -30,7 +30,7 @@ from benchmarks.record import conclude
 SITES, RANKS, LAYERS = 2, 2, 3
 EVERY, DILOCO_EVERY, DELAY = 13, 50, 1
 LENGTH = 128
-# Of each the best of those tried; docs/sites.md has the others.
+# Data-parallel's and the sites': about the best of those tried, which docs/sites.md lists.
 LR, LR_ALONE = 5e-4, 8e-4
 DP_STEPS = 20
 OVERLAP_EVERY, OVERLAP_DELAY = 48, 4
@@ -41,7 +41,7 @@ UNEQUAL: dict[str, Any] = {
     "sync_every": (18, 9),
     "delay": (2, 1),
 }
-# Both DiLoCos: too few rounds for momentum to build up.
+# Both DiLoCos: in trials of few rounds momentum lost.
 MEAN: dict[str, Any] = {"mix": 0.0, "outer_lr": 1.0, "momentum": 0.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "diloco": MEAN | {"sync_every": DILOCO_EVERY, "delay": 0, "codec": "fp32"},
