@@ -68,7 +68,7 @@ def config(site: int, steps: int, folder: Path) -> Any:
             fragment_layers=2,
             lr=0.6,
         ),
-        optimizer=Optimizer(lr=2e-3, warmup_steps=30),
+        optimizer=Optimizer(lr=1e-3, warmup_steps=30),
         train=Train(steps=steps, validate_every=steps, validation_sequences=128),
         checks=Checks(leak_probe=False),
         checkpoint=Checkpoint(every=steps),
