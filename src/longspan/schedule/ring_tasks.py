@@ -21,9 +21,6 @@ Named = tuple[str, Compute]
 CPU_TILE = 512  # torch's flash attention for CPUs computes so many columns together
 _BACKWARD = 2.5  # five matrix products to forward's two
 _ADDS = (12, 10)  # kernels, of views as well, that add a block's results up, forward and backward
-# Kernels of a pass that adds a block's results up: forward's of ``attention.merge``, and backward's
-# of the gradients of queries, keys and values.
-_MERGE, _ADD = 10, 3
 
 
 def tiled_pairs(tokens: Any, tile: int) -> Any:
@@ -113,9 +110,9 @@ class AttentionKernels:
 
     def attend(self, turn: Round, first: bool, backward: bool) -> Sequence[Named]:
         """A kernel and a pass for each block, of the round's part of the heads."""
-        name, kind, factor, kernels = "forward", "attention", 1.0, _MERGE
+        name, kind, factor, kernels = "forward", "attention", 1.0, _ADDS[0]
         if backward:
-            name, kind, factor, kernels = "backward", "attention backward", _BACKWARD, _ADD
+            name, kind, factor, kernels = "backward", "attention backward", _BACKWARD, _ADDS[1]
         found: list[Named] = []
         heads, kv_heads = self.heads // turn.parts, self.kv_heads // turn.parts
         for block in turn.blocks:
