@@ -178,7 +178,9 @@ def memory_held(mesh: DeviceMesh) -> None:
         amounts[share] = held(model, tokens)
         policy = {None: "none", 0.0: "full"}.get(share, "selective")
         promised = memory(SIZES, tokens, checkpointing=policy, attention_kept=share or 0.0)
-        assert sum(amounts[share]) == pytest.approx(promised.activations, rel=0.05)
+        # Callers hold token numbers, and where layers are computed again their rotary embedding.
+        beside = tokens * (4 * 8 + (share is not None) * 2 * SIZES.head_dim * 4)
+        assert sum(amounts[share]) + beside == pytest.approx(promised.activations, rel=0.01)
     whole = SIZES.layers * tokens * 4 * (SIZES.heads * SIZES.head_dim + SIZES.heads)
     assert [kept for _, kept in amounts.values()] == [0, *(int(s * whole) for s in SHARES)]
 
