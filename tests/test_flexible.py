@@ -40,7 +40,7 @@ from longspan.train.planning import Planning
 from longspan.train.rates import told_apart
 from longspan.train.step import StepRunner
 
-STEPS, KEPT = 12, 8
+STEPS, KEPT = 9, 6
 MODEL = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -19,6 +19,8 @@ Planner = Callable[[tuple[int, ...]], BatchPlan]
 
 # How often the process may die over one batch before it's taken to be the batch's fault.
 _TRIES = 3
+# A quarter of a processor that training keeps busy: plans come in time, and ranks hardly wait.
+_NICE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ def _timed(plan: Planner, lengths: tuple[int, ...]) -> tuple[BatchPlan, float]:
     start = time.perf_counter()
     planned = plan(lengths)
     seconds = time.perf_counter() - start
-    # Training waits for the first plan. Later ones are due only some steps later, and take what
-    # training leaves of the processor: a rank that waits for others or for a link leaves much.
-    os.nice(19 - os.nice(0))
+    # Training waits for the first plan. Later ones are due only some steps later, and a rank that
+    # waits for others or for a link leaves much of its processor.
+    os.nice(_NICE - os.nice(0))
     return planned, seconds
