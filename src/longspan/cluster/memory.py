@@ -1,12 +1,12 @@
 """How much memory a transformer's training takes on one device, in bytes.
 
-Counted are the tensors that autograd keeps for a Llama of the transformers library (RMSNorm,
-rotary embedding, gated MLP) whose attention keeps its output and log-sum-exp instead of the scores
-and whose loss makes the logits of some tokens at a time, at the moments at which a step may hold
-most. ``benchmarks.whole_steps`` compares that with what torch's allocator hands out. A process takes
-more than its tensors: on CPU glibc keeps much of what is freed, 1.1 to 2 times the sum, but for the
-environment's MALLOC_MMAP_THRESHOLD_=262144. Sources: Korthikanti et al., arXiv 2205.05198, section 4,
-for what each layer keeps; Zhao et al., arXiv 2304.11277, for what sharding leaves on a device.
+Counted are the tensors that autograd keeps for a Llama of the transformers library (RMSNorm, rotary
+embedding, gated MLP) whose attention keeps its output and log-sum-exp instead of the scores and
+whose loss makes the logits of some tokens at a time, at the moments at which a step may hold most.
+``benchmarks.whole_steps`` compares that with what torch's allocator hands out. A process takes more
+than its tensors: on CPU glibc keeps much of what is freed, 1.1 to 2 times the sum, but for the
+environment's MALLOC_MMAP_THRESHOLD_=262144. Sources: Korthikanti et al., arXiv 2205.05198, section
+4, for what each layer keeps; Zhao et al., arXiv 2304.11277, for what sharding leaves on a device.
 """
 
 from bisect import bisect_right
