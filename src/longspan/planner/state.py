@@ -69,7 +69,7 @@ class State:
             least = self.bytes_of(1, exchanged) / 2**30
             raise MemoryLimitError(
                 f"the model takes {least:.2f} GiB on each rank before the first token, with "
-                f" parameters sharded over {self.shards}, and a device has "
+                f"parameters sharded over {self.shards}, and a device has "
                 f"{limit / 2**30:.2f} GiB: use more ranks, or full checkpointing"
             )
         return found

@@ -19,6 +19,8 @@ from longspan.data.packing import PackedSequence
 from longspan.planner.workload import Rates
 from longspan.schedule.ring_tasks import CPU_TILE, tiled_pairs
 from longspan.train.batches import Place
+from longspan.train.config import Optimizer
+from longspan.train.optimize import make_optimizer, set_lr
 from longspan.train.step import StepRunner
 
 __all__ = ["measure_rates", "told_apart"]
@@ -79,9 +81,10 @@ def _seconds(runner: StepRunner, place: Place, lengths: list[int]) -> float:
 
 
 def _step_s(runner: StepRunner) -> float:
-    """The median of some steps of an optimizer that changes nothing, after one to begin with."""
+    """The median of some steps of training's optimizer at rate 0, after one to begin with."""
     parameters = list(runner.model.parameters())
-    still = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    still = make_optimizer(runner.model, Optimizer())
+    set_lr(still, 0.0)
 
     def step() -> float:
         dist.barrier()
