@@ -95,12 +95,13 @@ def worker(folder: Path, quick: bool) -> None:
     for name, make in models().items():
         torch.manual_seed(0)
         model, inputs = make()
+        told: list[float] = []
         if dist.get_rank() == 0:
-            _plan_alone(folder, name, cluster)
+            told = _plan_alone(folder, name, cluster)
         dist.barrier()
         alone = [_alone_s(folder, name, parts, field) for parts in ALONE]
         if dist.get_rank() == 0:
-            _plan(folder, name, cluster, *alone)
+            _plan(folder, name, cluster, told, alone)
         dist.barrier()
         plans = {
             way: read_plan(LayerPlan, folder / f"{name}-{way}.json")
@@ -202,8 +203,11 @@ def _waiting(cluster: Cluster, inside_s: float, between_s: float) -> Cluster:
     return _with(cluster, sites=tuple(sites))
 
 
-def _plan_alone(folder: Path, name: str, cluster: Any) -> None:
-    """Write the plans of a model of which every rank does all, with parts of the batch."""
+def _plan_alone(folder: Path, name: str, cluster: Any) -> list[float]:
+    """Write the plans of a model of which every rank does all, with parts of the batch.
+
+    Returns what is foretold of each, by devices that take no time to start.
+    """
     import torch
 
     from longspan.plan import write_plan
@@ -212,44 +216,38 @@ def _plan_alone(folder: Path, name: str, cluster: Any) -> None:
     from longspan.planner.layers import plan_of
     from longspan.planner.price import OPTIONS
 
+    told = []
     for parts in ALONE:
         with torch.device("meta"):
             model, inputs = models()[name]()
         graph = capture(model, tuple(x[: len(x) // parts] for x in inputs))
-        planner = Planner(graph, cluster)
+        planner = Planner(graph, _paced(cluster, 1.0, 0.0), _pricing())
         same = tuple(
             [set(choice.dims) for choice in node.choices].index({None}) * len(OPTIONS)
             for node in planner.nodes
         )
+        told.append(planner.measure(same))
         plan = plan_of(planner, Found(same, 0.0, 0.0, 0.0), name, {})
         write_plan(plan, folder / f"{name}-alone-{parts}.json")
+    return told
 
 
-def _plan(folder: Path, name: str, cluster: Any, quarter_s: float, half_s: float) -> None:
-    """Write the plans of a model, on a cluster whose devices are as fast as the model was."""
+def _plan(folder: Path, name: str, cluster: Any, told: list[float], alone: list[float]) -> None:
+    """Write the plans of a model, on a cluster whose devices are as fast as the model was alone."""
     import torch
 
     from longspan.plan import write_plan
     from longspan.planner.capture import capture
     from longspan.planner.layer_search import Planner
     from longspan.planner.layers import plan_of
-    from longspan.planner.price import OPTIONS, Pricing
 
     with torch.device("meta"):
         model, inputs = models()[name]()
     graph = capture(model, inputs)
-    # Memory is no concern, and SGD keeps nothing.
-    pricing = Pricing(zero=False, recompute=False, optimizer_bytes=0)
-    guess = Planner(graph, _paced(cluster, 1.0, 0.0), pricing)
-    same = guess.data_parallel()
-    computing = 0.0
-    for node, at in zip(guess.nodes, same.assignment, strict=True):
-        choice = node.choices[at // len(OPTIONS)]
-        for place in node.layers:
-            computing += sum(guess.prices.compute(graph.layers[place], choice))
-    work_s = max(half_s - quarter_s, quarter_s / 4)
-    overhead_s = max(0.0, quarter_s - work_s) / (2 * len(graph.layers))
-    planner = Planner(graph, _paced(cluster, computing / work_s, overhead_s), pricing)
+    # What more of the batch adds is computing; what is there anyway, starting it.
+    factor = (told[1] - told[0]) / max(alone[1] - alone[0], alone[0] / 4)
+    overhead_s = max(0.0, alone[0] - told[0] / factor) / (2 * len(graph.layers))
+    planner = Planner(graph, _paced(cluster, factor, overhead_s), _pricing())
     found = {
         "planned": planner.best(),
         "data-parallel": planner.data_parallel(),
@@ -257,6 +255,13 @@ def _plan(folder: Path, name: str, cluster: Any, quarter_s: float, half_s: float
     }
     for way, one in found.items():
         write_plan(plan_of(planner, one, name, {}), folder / f"{name}-{way}.json")
+
+
+def _pricing() -> Any:
+    """Memory is no concern, and SGD keeps nothing."""
+    from longspan.planner.price import Pricing
+
+    return Pricing(zero=False, recompute=False, optimizer_bytes=0)
 
 
 def _paced(cluster: Cluster, factor: float, overhead_s: float) -> Cluster:

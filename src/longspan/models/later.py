@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
 
+from longspan.schedule.keeping import BUCKET_BYTES
+
 __all__ = ["Later"]
 
-
-_BUCKET_BYTES = 4e6  # sums of small gradients share a latency
 Sum = tuple[tuple[int, ...], torch.dtype]  # over which mesh axes, and of what
 
 
@@ -40,7 +40,7 @@ class Later:
         key = axes, grad.dtype
         some = self._waiting.setdefault(key, [])
         some.append((parameter, grad))
-        if sum(one.nbytes for _, one in some) >= _BUCKET_BYTES:
+        if sum(one.nbytes for _, one in some) >= BUCKET_BYTES:
             self._send(key)
 
     def move(self, parameter: nn.Parameter, move: Callable[[], Tensor]) -> None:

@@ -63,6 +63,8 @@ def plan_batch(
     spreads = (sharding,) if sharding else shardings(cluster)
     # Over all ranks, and gradients reduced at once, takes least memory: its error tells most.
     for spread, once in product(spreads, (False, True) if reduce_once is None else (reduce_once,)):
+        if reduce_once is None and spread == "none" and not once:
+            continue  # gradients are whole anyway
         try:
             priced.append(_bounded(lengths, work.prices(spread, reduce_once=once)))
         except MemoryLimitError as error:

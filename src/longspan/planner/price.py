@@ -33,6 +33,7 @@ from longspan.planner.layer_wires import (
     Wires,
 )
 from longspan.planner.weights import WeightPrice, held_share, share_of, weight_price
+from longspan.schedule.keeping import BUCKET_BYTES
 from longspan.schedule.ops import Compute
 
 __all__ = ["OPTIONS", "Costs", "Node", "Prices", "Pricing"]
@@ -50,7 +51,8 @@ class Pricing:
     that gradient reductions can hide behind. ``zero`` and ``recompute``: whether these are
     options. ``synchronised``: batch norms take the statistics of the whole batch, as one process
     does; else each rank its own. ``optimizer_bytes`` of state are kept for a parameter.
-    ``bucket_bytes``: gradients are reduced so many at a time, which share a latency.
+    ``bucket_bytes``: gradients are reduced so many at a time, which share a latency; the last ones
+    when backward has ended, so that nothing hides them.
     ``flat_sums``: over several mesh axes around one ring, as elsewhere, not inwards first as here.
     """
 
@@ -60,7 +62,7 @@ class Pricing:
     recompute: bool = True
     synchronised: bool = True
     optimizer_bytes: int = 8
-    bucket_bytes: float = 25e6
+    bucket_bytes: float = BUCKET_BYTES
     flat_sums: bool = False
 
 
@@ -114,6 +116,7 @@ class Prices:
         self._between: dict[tuple[object, ...], Floats] = {}
         self._steps: dict[tuple[object, ...], tuple[float, float]] = {}
         self._outputs: dict[tuple[int, Choice], Codes] = {}
+        self._last, self._last_bytes = _last_summed(graph.layers, pricing.bucket_bytes)
         self._memory_rate = min(cluster.devices[kind].bytes_per_s for kind in cluster.kinds)
 
     # Nodes
@@ -133,7 +136,7 @@ class Prices:
     def node(self, places: tuple[int, ...]) -> Node:
         """One node; what is alike is priced once."""
         layers = [self.graph.layers[place] for place in places]
-        key = tuple(layer.likeness for layer in layers)
+        key = tuple((layer.likeness, id(layer) in self._last) for layer in layers)
         known = self._kinds.get(key)
         if known is None:
             found = choices(layers, self.sizes, self.inside)
@@ -177,7 +180,7 @@ class Prices:
         kept = layer.kept_bytes * self.moves.local(self.output(layer, choice))
         if self.pase:
             update = update_sharded = 0.0
-        overlap = self.pricing.overlap
+        overlap, hidden = self.pricing.overlap, id(layer) not in self._last
         none = np.inf
         zero = 0.0 if self.pricing.zero and sharded < held else none
         once_more = 0.0 if self.pricing.recompute and kept else none
@@ -186,8 +189,12 @@ class Prices:
             sums_s, taken_s = weights.reduce_s, taken.reduce_s
             if with_zero:
                 sums_s, taken_s = weights.scatter_s, taken.scatter_s
-            cost = now + (update_sharded if with_zero else update) + overlap * taken_s
-            later = sums_s - overlap * (backward + taken_s)
+            cost = now + (update_sharded if with_zero else update)
+            if hidden:
+                cost += overlap * taken_s
+                later = sums_s - overlap * (backward + taken_s)
+            else:
+                cost, later = cost + sums_s, -overlap * backward
             bytes_held = (sharded if with_zero else held) * state
             bytes_held += 0.0 if with_again else kept
             if with_zero:
@@ -283,7 +290,9 @@ class Prices:
         return forward, back
 
     def _weights(self, layer: Layer, choice: Choice, moves: Moves) -> WeightPrice:
+        last = id(layer) in self._last
         done, bucket = self.output(layer, choice), self.pricing.bucket_bytes
+        bucket = min(bucket, self._last_bytes) if last else bucket
         return weight_price(layer, choice, done, moves, bucket)
 
     def _state_bytes(self, layer: Layer) -> float:
@@ -351,6 +360,19 @@ class Prices:
         once, each = self.moves.price(left, taken)
         again, every = self.moves.price(grad, left)
         return once + again, each + every
+
+
+def _last_summed(layers: Sequence[Layer], bucket_bytes: float) -> tuple[frozenset[int], float]:
+    """Layers whose gradients fill the last bucket, when backward has ended, and its bytes."""
+    last, held = [], 0.0
+    for layer in reversed(layers):
+        own = sum(weight.numel * weight.itemsize for weight in layer.weights if weight.trained)
+        if own and held >= bucket_bytes:
+            last, held = [], 0.0
+        if own:
+            last.append(id(layer))
+            held += own
+    return frozenset(last), held
 
 
 def _slowest(cluster: Cluster) -> float:

@@ -1,9 +1,11 @@
-"""How a parameter is kept where it is sharded beyond what its layer computes with (ZeRO)."""
+"""How parameters are kept beyond what a layer computes with (ZeRO), and gradients summed."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
 
-__all__ = ["kept_dim"]
+__all__ = ["BUCKET_BYTES", "kept_dim"]
+
+BUCKET_BYTES = 4e6  # so many of gradients are summed together and share a latency
 
 
 def kept_dim(

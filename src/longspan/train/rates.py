@@ -75,8 +75,13 @@ def told_apart(
 
 
 def _seconds(runner: StepRunner, place: Place, lengths: list[int]) -> float:
-    """The median of some passes over documents of these lengths, after one that doesn't count."""
+    """The median of some passes over documents of these lengths, after one that doesn't count.
+
+    They follow each other without a pause, as in training: ranks that share a processor or its
+    memory slow each other down.
+    """
     runner.reduce_gradients(False)
+    dist.barrier()
     return median([_pass(runner, place, lengths) for _ in range(_REPEATS + 1)][1:])
 
 
@@ -99,11 +104,10 @@ def _step_s(runner: StepRunner) -> float:
 
 
 def _pass(runner: StepRunner, place: Place, lengths: list[int]) -> float:
-    """Seconds of forward and backward on this rank, started together with the others."""
+    """Seconds of forward and backward on this rank."""
     ends = np.cumsum([0, *lengths], dtype=np.int64)
     tokens = np.arange(ends[-1]) % runner.model.config.vocab_size
     sequence = PackedSequence(tokens, tokens, ends)
-    dist.barrier()
     start = time.perf_counter()
     runner.loss_sum(sequence, place).backward()
     if runner.device.type == "cuda":
