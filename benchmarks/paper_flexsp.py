@@ -9,7 +9,7 @@ search. As FlexSP does, the program stops at a time limit, of 10 s each; it plan
 only (a quarter as many for other models than the first), as one can take it two minutes.
 Its time is the wall's, so run it with nothing beside.
 
-    python -m benchmarks.paper_flexsp --lengths FILE [--models 7b 13b 30b] [--batches 24]
+    python -m benchmarks.paper_flexsp --lengths FILE [--models 7b 13b 30b] [--batches 40]
         [--milp-batches 2] [--limit 10]
 """
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["7b", "13b", "30b"])
-    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--batches", type=int, default=40)
     parser.add_argument(
         "--milp-batches",
         type=int,
