@@ -54,9 +54,12 @@ class Groups:
         for ranks in wanted:
             self._get(ranks)
         in_use = set(wanted)
-        for ranks in [ranks for ranks in self._kept if ranks not in in_use]:
-            if len(self._kept) > self._most:
-                self._forget(ranks)
+        spare = [ranks for ranks in self._kept if ranks not in in_use]
+        spare = spare[: max(0, len(self._kept) - self._most)]
+        if spare:
+            dist.barrier()  # a slower rank may still be in its last exchange there
+        for ranks in spare:
+            self._forget(ranks)
         return [self._mesh(ranks) if self._here in ranks else None for ranks in wanted]
 
     def close(self) -> None:
