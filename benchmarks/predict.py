@@ -73,7 +73,7 @@ def worker(megabits: int, out: Path) -> None:
         seconds = watch.time(ops, repeats=REPEATS)
         words = " and ".join(f"{op.kind} {op.ranks}" for op in ops)
         size = sum(sum(op.sizes) for op in ops)
-        rows.append((words, size, max(concurrent_seconds(ops, cluster)), median(seconds)))
+        rows.append((words, size, max(concurrent_seconds(ops, cluster.idle)), median(seconds)))
     if watch.rank == 0:
         out.write_text(json.dumps({"fit": str(fit), "rows": rows}), encoding="utf-8")
     sys.stdout.flush()

@@ -1,11 +1,9 @@
 """Planned per-layer strategies against data-parallel, FSDP and tensor-parallel training, run.
 
-In the lab, 2 nodes × 2 ranks of 0.45 core each, 200 Mbit/s between the nodes; one run. The links
-are probed first; how long ranks that compute wait for each other in an exchange (a device whose
-share of a core is used up is still for milliseconds, which an idle probe's ping doesn't meet); and
-how long each model takes without links for a quarter and for half of the batch: what a layer costs
-before it starts, and what its work costs. From these alone every model is planned. A step is
-forward, backward and SGD in float32, of the same whole batch in every way.
+In the lab, 2 nodes × 2 ranks of 0.45 core each, 200 Mbit/s between the nodes; one run. The cluster
+is probed first, and how long each model takes without links for a quarter and for half of the
+batch: what a layer costs before it starts, and what its work costs. From these alone every model is
+planned. A step is forward, backward and SGD in float32, of the same whole batch in every way.
 
 - DDP, FSDP2 (on longspan's rings): torch's, whose sums go on beside backward.
 - data-parallel, tensor-parallel: the same as plans, run by ``parallelize_layers`` as the planned
@@ -31,7 +29,6 @@ from benchmarks.record import conclude
 from longspan.cluster.spec import Cluster
 
 REPEATS = 5
-WAITS = 200
 ALONE = (4, 2)  # parts of the batch
 BASELINES = ("DDP", "FSDP", "data-parallel", "tensor-parallel")
 LARGE = ("alexnet", "rnnlm")  # the models whose parameters are many for what they compute
@@ -88,8 +85,6 @@ def worker(folder: Path, quick: bool) -> None:
     device = connect()
     cluster, _ = calibrate(probe(device, 1 << 30, "site0"))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("m0", "m1"))
-    waits = [_wait_s(mesh.get_group(axis)) for axis in ("m1", "m0")]
-    cluster = _waiting(cluster, *waits)
     field = Field(mesh, beside=True)
     rows = []
     for name, make in models().items():
@@ -134,7 +129,7 @@ def worker(folder: Path, quick: bool) -> None:
                 "seconds": seconds,
                 "foretold": {way: plan.seconds for way, plan in plans.items()},
                 "alone_s": alone,
-                "waits_s": waits,
+                "wait_s": next(iter(cluster.devices.values())).wait_s,
                 "splits": _said(plans["planned"]),
             }
         )
@@ -164,43 +159,6 @@ def _alone_s(folder: Path, name: str, parts: int, field: Any) -> float:
     rows = [torch.empty(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, torch.tensor([median(timed[1:])], dtype=torch.float64))
     return median(float(row) for row in rows)
-
-
-def _wait_s(group: Any) -> float:
-    """Seconds of a small exchange in a group, on average, while all ranks compute in between."""
-    import torch
-    import torch.distributed as dist
-
-    x, row = torch.randn(192, 192), torch.zeros(64)
-    rows = [torch.zeros(64) for _ in range(group.size())]
-    waited = 0.0
-    for repeat in range(-5, WAITS):
-        for _ in range(1 + (repeat + 5) % 8):  # so that it falls anywhere in a device's period
-            x @ x
-        start = time.perf_counter()
-        dist.all_gather(rows, row, group=group)
-        waited += (time.perf_counter() - start) * (repeat >= 0)
-    mine = torch.tensor(waited / WAITS, dtype=torch.float64)
-    dist.all_reduce(mine)
-    return float(mine) / dist.get_world_size()
-
-
-def _waiting(cluster: Cluster, inside_s: float, between_s: float) -> Cluster:
-    """The cluster whose messages take so long before they arrive, in a node and between nodes."""
-    sites = []
-    for site in cluster.sites:
-        nodes = [
-            node.model_copy(
-                update={
-                    "link": node.link.model_copy(update={"latency_s": inside_s}),
-                    "network": node.network.model_copy(update={"latency_s": between_s}),
-                }
-            )
-            for node in site.nodes
-            if node.link and node.network
-        ]
-        sites.append(site.model_copy(update={"nodes": tuple(nodes)}))
-    return _with(cluster, sites=tuple(sites))
 
 
 def _plan_alone(folder: Path, name: str, cluster: Any) -> list[float]:
@@ -279,12 +237,8 @@ def _paced(cluster: Cluster, factor: float, overhead_s: float) -> Cluster:
         )
         for kind, device in cluster.devices.items()
     }
-    return _with(cluster, devices=devices)
-
-
-def _with(cluster: Cluster, **parts: Any) -> Cluster:
-    """Another cluster, that knows nothing of this one's wires."""
-    return Cluster(**{name: getattr(cluster, name) for name in Cluster.model_fields} | parts)
+    parts = {name: getattr(cluster, name) for name in Cluster.model_fields}
+    return Cluster(**parts | {"devices": devices})
 
 
 def _stepper(
@@ -381,8 +335,7 @@ def main() -> None:
             *(f"{mine[one]:.2f}" for one in ("foretold_ratio", "measured_ratio")),
         )
     console.print(table)
-    inside, between = (f"{1e3 * wait:.2f}" for wait in rows[0]["waits_s"])
-    console.print(f"exchanges among ranks that compute: {inside} ms in a node, {between} between")
+    console.print(f"messages wait {1e3 * rows[0]['wait_s']:.2f} ms for ranks that compute")
     for row in rows:
         said = " and ".join(f"{one:.3f}" for one in row["alone_s"])
         told = {way: f"{one:.3f}" for way, one in row["foretold"].items()}

@@ -6,7 +6,8 @@ taken off. A node's rate out is the best it reached towards any other node, and 
 less than that was the other end's. Inside a node, where copies and sums count too, it is the median
 rate of all its sends and collectives. What messages take from a device's computing is the time of
 its processors that they took: of small ones for each message, of large ones for each byte; a byte
-takes no longer than where all went into sending.
+takes no longer than where all went into sending. How long a message waits for a rank that computes
+is what it took among such ranks, less the quickest ping of all.
 """
 
 from collections import defaultdict
@@ -72,7 +73,8 @@ def calibrate(rows: Sequence[Row], name: str = "probed") -> tuple[Cluster, Fit]:
     links.take_off(min(device.get("message_s", 0.0) for device in devices.values()))
     values = {"name": name, "devices": devices, "sites": links.sites(kind_of)}
     cluster = cluster_from(values, "the probe's measurements")
-    return cluster, _fit(cluster, notes, (*links.remarks(), *_slow_devices(place, notes)))
+    # Whatever was timed, but for the waits themselves, was timed among ranks that did nothing else.
+    return cluster, _fit(cluster.idle, notes, (*links.remarks(), *_slow_devices(place, notes)))
 
 
 def _comm(op: dict[str, Any]) -> Comm:
@@ -116,6 +118,13 @@ class _Links:
     def take_off(self, message_s: float) -> None:
         """What ranks compute for a message is in the time that a ping takes, and has its price."""
         self.latency = {ends: max(0.0, took - message_s) for ends, took in self.latency.items()}
+
+    def waits(self, told: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """How much longer messages took among ranks that compute than among idle ones."""
+        if not told:
+            return {}
+        took = median(second for one in told for second in one["seconds"])
+        return {"wait_s": max(0.0, took - min(self.latency.values()))}
 
     def _latency_of(self, a: int, b: int) -> float:
         return self.latency.get(frozenset((a, b)), 0.0)
@@ -225,10 +234,16 @@ def _devices(
         kinds[kind].append(rank)
         kind_of.append(kind)
     # All ranks of a name together, the slower ones, too: such small differences are told by many.
-    label, handled = place["kind"], [note.about for note in notes if note.kind == "handled"]
+    label = place["kind"]
+
+    def told(ranks: list[int], kind: str) -> list[dict[str, Any]]:
+        found = [note.about for note in notes if note.kind == kind]
+        return [one for one in found if label[one["rank"]] == label[ranks[0]]]
+
     devices = {
         kind: _device(ranks, place, rates)
-        | _taken([one for one in handled if label[one["rank"]] == label[ranks[0]]], links)
+        | _taken(told(ranks, "handled"), links)
+        | links.waits(told(ranks, "wait"))
         for kind, ranks in kinds.items()
     }
     return devices, kind_of

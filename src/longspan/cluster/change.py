@@ -96,5 +96,6 @@ def _quicker(device: Device, factor: float) -> Device:
             "overhead_s": device.overhead_s / factor,
             "message_s": device.message_s / factor,
             "byte_s": device.byte_s / factor,
+            "wait_s": device.wait_s / factor,
         }
     )

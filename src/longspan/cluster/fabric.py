@@ -63,6 +63,7 @@ class Fabric:
     capacity: Floats
     names: tuple[str, ...]
     _latency: tuple[Floats, Floats, Floats]
+    _wait: Floats
     _first: tuple[int, ...]
 
     @classmethod
@@ -70,8 +71,12 @@ class Fabric:
         cls,
         nodes: list[tuple[int, int, Link | None, Link | None]],
         sites: list[Link | None],
+        waits: list[float],
     ) -> "Fabric":
-        """From each node's (site, number of devices, link, network) and each site's uplink."""
+        """From each node's (site, number of devices, link, network) and each site's uplink.
+
+        ``waits``: how long each rank lets a message wait.
+        """
         inside = [link for _, devices, link, _ in nodes for _ in range(devices)]
         networks = [network for _, _, _, network in nodes]
         shares = [network for _, devices, _, network in nodes for _ in range(devices)]
@@ -98,6 +103,7 @@ class Fabric:
             capacity=np.array([rate for group in groups for rate in group], dtype=np.float64),
             names=tuple(names),
             _latency=(latency[0], latency[1], latency[2]),
+            _wait=np.array(waits),
             _first=tuple(int(start) for start in starts),
         )
 
@@ -110,7 +116,8 @@ class Fabric:
         apart = node_a != node_b
         result = np.where(apart, np.maximum(network[node_a], network[node_b]), result)
         far = site_a != site_b
-        return np.where(far, np.maximum(uplink[site_a], uplink[site_b]), result)
+        result = np.where(far, np.maximum(uplink[site_a], uplink[site_b]), result)
+        return result + np.maximum(self._wait[source], self._wait[target])
 
     def load(
         self, source: Ints, target: Ints, size: Floats, *, spread: bool = False

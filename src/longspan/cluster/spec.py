@@ -54,7 +54,8 @@ class Device(_Part):
     64, and those of "attention 16" of heads of 16: seconds a pair lie on a line through the two.
     ``bytes_per_s`` is its memory's rate, ``overhead_s`` what every kernel costs before it starts.
     What takes from its computing because it sends or receives: ``message_s`` for each message,
-    ``byte_s`` for each byte; 0 where an engine of its own does that.
+    ``byte_s`` for each byte; 0 where an engine of its own does that. ``wait_s``: how much longer a
+    message is on its way where ranks compute, as its peer isn't there at once.
     """
 
     memory_bytes: ByteSize = Field(gt=0)
@@ -64,6 +65,7 @@ class Device(_Part):
     overhead_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     message_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     byte_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    wait_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     source: str = ""
 
     def rate(self, kind: str, dtype: str) -> float | None:
@@ -185,7 +187,15 @@ class Cluster(_Part):
             (site, sum(node.devices.values()), node.link, node.network)
             for site, node in zip(site_of, self.nodes, strict=True)
         ]
-        return Fabric.build(nodes, [site.uplink for site in self._all_sites])
+        waits = [self.devices[kind].wait_s for kind in self.kinds]
+        return Fabric.build(nodes, [site.uplink for site in self._all_sites], waits)
+
+    @cached_property
+    def idle(self) -> "Cluster":
+        """The same, where ranks only send and receive: no message waits for its peer."""
+        devices = {n: one.model_copy(update={"wait_s": 0.0}) for n, one in self.devices.items()}
+        parts = {name: getattr(self, name) for name in Cluster.model_fields}
+        return Cluster(**parts | {"devices": devices})
 
     @cached_property
     def message_s(self) -> Floats:

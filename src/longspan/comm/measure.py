@@ -19,6 +19,7 @@ from longspan.schedule.ops import Comm
 __all__ = ["Stopwatch"]
 
 _PACE_S, _REPEATS = 0.3, 5
+_WAITS, _PERIOD = 200, 8
 
 
 class Stopwatch:
@@ -85,16 +86,7 @@ class Stopwatch:
         and of the kernel for it, too, at the pace at which ``work`` goes here: a device that is a
         share of a core takes longer for the same.
         """
-        here = ring.index(self.rank)
-        target, source = ring[(here + 1) % len(ring)], ring[here - 1]
-        sent, received = self._empty(size), self._empty(size)
-
-        def both_ways() -> None:
-            for one in (dist.irecv(received, source), dist.isend(sent, target)):
-                if one:
-                    one.wait()
-
-        both_ways()
+        both_ways = self._both_ways(ring, size)
         a_turn = self.compute(work, 1)[0]
         turns = math.ceil(_PACE_S / a_turn)
         dist.barrier()
@@ -110,6 +102,36 @@ class Stopwatch:
                 both_ways()
             found.append((time.process_time() - processor) * pace)
         return found
+
+    def waited(self, work: Callable[[], object], ring: Sequence[int]) -> float:
+        """Seconds that a small message to the next of a ring, and one from the last, take.
+
+        On average, and while all ranks compute in between: as much as each other, now more and now
+        less, so that it falls anywhere in the period of a device that is a share of a core.
+        """
+        both_ways, waited = self._both_ways(ring, 4), 0.0
+        dist.barrier()
+        for turn in range(-_PERIOD, _WAITS):
+            for _ in range(1 + turn % _PERIOD):
+                work()
+            start = time.perf_counter()
+            both_ways()
+            waited += (time.perf_counter() - start) * (turn >= 0)
+        return waited / _WAITS
+
+    def _both_ways(self, ring: Sequence[int], size: int) -> Callable[[], None]:
+        """Sends so much to the next of a ring and receives it from the last; done once already."""
+        here = ring.index(self.rank)
+        target, source = ring[(here + 1) % len(ring)], ring[here - 1]
+        sent, received = self._empty(size), self._empty(size)
+
+        def both_ways() -> None:
+            for one in (dist.irecv(received, source), dist.isend(sent, target)):
+                if one:
+                    one.wait()
+
+        both_ways()
+        return both_ways
 
     def _seconds(self, work: Callable[[], object], inner: int) -> float:
         self._finish()

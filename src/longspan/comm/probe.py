@@ -8,6 +8,7 @@ ping       a byte one way between two ranks
 timing     ``ops`` at the same time, one duration a repeat
 compute    one rank's duration of an op, while all ranks do the same
 handled    seconds that one rank computes for ``messages`` that it sends or receives
+wait       seconds of one rank's small message there and another back, while ranks compute
 =========  =======================================================================
 """
 
@@ -146,6 +147,8 @@ def _handled(watch: Stopwatch, nodes: list[tuple[int, ...]]) -> Iterator[Note]:
         for rank, row in enumerate(watch.everyone(*took)):
             about = {"rank": rank, "messages": 2 * count, "bytes": 2 * count * size}
             yield Note("handled", about | {"seconds": row})
+    for rank, row in enumerate(watch.everyone(watch.waited(partial(torch.matmul, a, b), ring))):
+        yield Note("wait", {"rank": rank, "seconds": row})
 
 
 def _works(device: torch.device) -> Iterator[tuple[Compute, Callable[[], object]]]:

@@ -108,16 +108,25 @@ class Workload:
         pair = 4 * model.heads * model.head_dim * model.layers
         pair_s = (1 + again * (1 - kept)) * pair / self._rate(device, kind, f"attention {heads}")
         pair_s += _BACKWARD * pair / self._rate(device, kind, f"attention backward {heads}")
-        kernels = model.layers * _KERNELS * (1 + again / 3)
-        return Rates(kernels * device.overhead_s, token_s, pair_s)
+        return Rates(self._kernels * device.overhead_s, token_s, pair_s)
+
+    @property
+    def _kernels(self) -> float:
+        """Of all layers in a micro-batch."""
+        again = 1.0 if self.checkpointing != "none" else 0.0
+        return self.model.layers * _KERNELS * (1 + again / 3)
 
     @cached_property
     def calibrated(self) -> Cluster:
-        """The cluster with rates of attention that agree with what was measured."""
+        """The cluster with rates of attention, and costs of a kernel, as they were measured."""
         if not self.rates:
             return self.cluster
         told, kinds = replace(self, rates=None), dict(self.cluster.devices)
         for kind, rates in self.rates.items():
+            if kind.startswith("cpu"):  # where nothing runs ahead of what launches it
+                a_kernel = rates.micro_batch_s / self._kernels
+                least = kinds[kind].overhead_s
+                kinds[kind] = kinds[kind].model_copy(update={"overhead_s": max(least, a_kernel)})
             slower = rates.pair_s / told.rates_of(kind).pair_s
             if slower > 0:
                 names = [
