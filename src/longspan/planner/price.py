@@ -364,7 +364,8 @@ class Prices:
 
 def _last_summed(layers: Sequence[Layer], bucket_bytes: float) -> tuple[frozenset[int], float]:
     """Layers whose gradients fill the last bucket, when backward has ended, and its bytes."""
-    last, held = [], 0.0
+    last: list[int] = []
+    held = 0.0
     for layer in reversed(layers):
         own = sum(weight.numel * weight.itemsize for weight in layer.weights if weight.trained)
         if own and held >= bucket_bytes:
