@@ -19,8 +19,8 @@ Planner = Callable[[tuple[int, ...]], BatchPlan]
 
 # How often the process may die over one batch before it's taken to be the batch's fault.
 _TRIES = 3
-# A quarter of a processor that training keeps busy: plans come in time, and ranks hardly wait.
-_NICE = 5
+# From a quarter of a processor that training keeps busy to what training leaves of it.
+_NICE, _MOST_NICE, _NICER = 5, 19, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Ahead:
         self._plan, self._lengths = plan, lengths
         self._ahead, self._timeout_s = ahead, timeout_s
         self._asked: dict[int, Future[tuple[BatchPlan, float]]] = {}
-        self._restarts = 0
+        self._restarts, self._nice = 0, _NICE
         self._pool = _pool()
 
     def take(self, number: int) -> Planned:
@@ -67,6 +67,8 @@ class Ahead:
         for _ in range(_TRIES):
             try:
                 self.prepare(number)
+                if self._asked[number].done():  # in time: it may give way more
+                    self._nice = min(self._nice + _NICER, _MOST_NICE)
                 plan, seconds = self._asked[number].result(self._timeout_s)
             except BrokenProcessPool:
                 self._pool.shutdown(wait=False)
@@ -91,7 +93,8 @@ class Ahead:
         self._asked = {n: future for n, future in self._asked.items() if n in wanted}
         for n in wanted:
             if n not in self._asked:
-                self._asked[n] = self._pool.submit(_timed, self._plan, self._lengths(n))
+                asked = self._plan, self._lengths(n), self._nice
+                self._asked[n] = self._pool.submit(_timed, *asked)
 
     def close(self) -> None:
         """End the process."""
@@ -116,11 +119,11 @@ def _leave_with_parent() -> None:
     os._exit(0)
 
 
-def _timed(plan: Planner, lengths: tuple[int, ...]) -> tuple[BatchPlan, float]:
+def _timed(plan: Planner, lengths: tuple[int, ...], nice: int) -> tuple[BatchPlan, float]:
     start = time.perf_counter()
     planned = plan(lengths)
     seconds = time.perf_counter() - start
     # Training waits for the first plan. Later ones are due only some steps later, and a rank that
     # waits for others or for a link leaves much of its processor.
-    os.nice(_NICE - os.nice(0))
+    os.nice(max(0, nice - os.nice(0)))
     return planned, seconds
