@@ -35,11 +35,10 @@ LR, LR_ALONE = 5e-4, 8e-4
 DP_STEPS = 20
 OVERLAP_EVERY, OVERLAP_DELAY = 48, 4
 SHARE = 0.45
-# A site with half the share takes a little more than twice as long for a step.
 UNEQUAL: dict[str, Any] = {
     "share": (0.6, 0.3),
-    "steps": (34 / 25, 16 / 25),
-    "sync_every": (17, 8),
+    "steps": (4 / 3, 2 / 3),
+    "sync_every": (18, 9),
     "delay": (2, 1),
 }
 # Both DiLoCos: in trials of few rounds momentum lost.
