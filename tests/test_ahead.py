@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,21 @@ def test_a_planner_that_is_killed_is_started_again() -> None:
     assert [p.plan.lengths[0] for p in plans] == [2, 3, 4, 9]
     assert plans[-1].restarts == 1 and plans[-1].plan.seconds != pid
     ahead.close()
+
+
+def its_nice(lengths: tuple[int, ...]) -> BatchPlan:
+    return replace(one_each(lengths), lower_bound_s=os.nice(0))
+
+
+def test_a_planner_whose_plans_come_in_time_gives_way_more() -> None:
+    ahead = Ahead(its_nice, batch_lengths, ahead=1, timeout_s=60)
+    found = []
+    for number in range(8):
+        found.append(ahead.take(number).plan.lower_bound_s)
+        time.sleep(0.2)
+    ahead.close()
+    assert found == sorted(found)
+    assert found[0] < found[1] < found[-1] <= 19
 
 
 def test_a_planner_that_fails_says_so() -> None:

@@ -157,6 +157,17 @@ def test_a_byte_takes_no_longer_than_where_all_went_into_sending() -> None:
         assert device.byte_s == pytest.approx(1 / 1e10, rel=0.01)
 
 
+def test_what_messages_wait_for_ranks_that_compute() -> None:
+    real = cluster([network(1e8)] * 2)
+    rows = probed(real)
+    idle, fit = calibrate(rows)
+    ping = min(min(row.about["seconds"]) for row in rows if row.kind == "ping")  # type: ignore[union-attr]
+    waits = [Note("wait", {"rank": rank, "seconds": [ping + 2e-3]}) for rank in range(real.ranks)]
+    found, same_fit = calibrate([*rows, *waits])
+    assert found.devices["cpu"].wait_s == pytest.approx(2e-3)
+    assert found.idle == idle and same_fit == fit
+
+
 def test_what_stands_out_is_named() -> None:
     real = cluster([network(1e8), network(1e8), network(1e8), network(1e8, in_bytes_per_s=3e7)])
     found, fit = calibrate(probed(real, slow_rank=5))

@@ -50,6 +50,22 @@ def test_inside_a_node_the_closed_forms_hold() -> None:
     assert seconds(Comm("all_gather", (2,), (S,)), one) == 0
 
 
+def test_a_message_waits_for_a_rank_that_computes() -> None:
+    busy = Cluster(
+        devices={"device": DEVICE.model_copy(update={"wait_s": 2e-3})}, sites=cluster().sites
+    )
+    for ranks, latency, rate in (
+        ((0, 1), LAT, RATE),
+        ((0, 2), NET_LAT, NET),
+        ((0, 4), FAR_LAT, FAR),
+    ):
+        op = Comm("send", ranks, (S,))
+        assert seconds(op, busy) == pytest.approx(latency + 2e-3 + S / rate)
+        assert seconds(op, busy.idle) == seconds(op, cluster())
+    ring = Comm("all_gather", (0, 1, 2, 3), (S,) * 4)
+    assert seconds(ring, busy) - seconds(ring, cluster()) == pytest.approx(3 * 2e-3)
+
+
 def test_the_slowest_level_that_is_crossed_counts() -> None:
     here = cluster()
     assert seconds(Comm("send", (0, 2), (S,)), here) == pytest.approx(NET_LAT + S / NET)
