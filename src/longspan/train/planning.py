@@ -32,8 +32,8 @@ from longspan.train.step import StepRunner
 
 __all__ = ["Planning", "shards_of"]
 
-# Ranks that share parameters wait for each other at every layer, which has no price yet: sharding
-# that isn't needed for memory must gain more than this.
+# Ranks that share parameters wait at every layer for the one that has most to do, which has no
+# price: sharding that isn't needed for memory must gain more than this.
 _AS_GOOD = 1.02
 
 
