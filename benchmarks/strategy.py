@@ -237,8 +237,7 @@ def _paced(cluster: Cluster, factor: float, overhead_s: float) -> Cluster:
         )
         for kind, device in cluster.devices.items()
     }
-    parts = {name: getattr(cluster, name) for name in Cluster.model_fields}
-    return Cluster(**parts | {"devices": devices})
+    return cluster.with_devices(devices)
 
 
 def _stepper(

@@ -65,14 +65,15 @@ def probed(real: Cluster, slow_rank: int | None = None) -> list[Row]:
         )
     ]
     nodes = [real.ranks_of_node(i) for i in range(len(real.nodes))]
-    pairs = [(n[0], n[1]) for n in nodes] + [(a[0], b[0]) for a, b in permutations(nodes, 2)]
+    several = [n for n in nodes if len(n) > 1]
+    pairs = [(n[0], n[1]) for n in several] + [(a[0], b[0]) for a, b in permutations(nodes, 2)]
     sends = [[Comm("send", pair, (10_000_000,))] for pair in pairs]
     sends += [[Comm("send", pair[::-1], (10_000_000,))] for pair in pairs[: len(nodes)]]
     both = [
         [Comm("send", ab, (10_000_000,)) for ab in zip(a, b, strict=True)]
         for a, b in permutations(nodes, 2)
     ]
-    exchanges = [[Comm("all_to_all", n, (100_000_000,) * 4)] for n in nodes]
+    exchanges = [[Comm("all_to_all", n, (100_000_000,) * 4)] for n in several]
     for pair in pairs:
         latency = seconds(Comm("send", pair, (1,)), real)
         rows.append(Note("ping", {"ranks": list(pair), "seconds": [latency] * 3}))
@@ -166,6 +167,17 @@ def test_what_messages_wait_for_ranks_that_compute() -> None:
     found, same_fit = calibrate([*rows, *waits])
     assert found.devices["cpu"].wait_s == pytest.approx(2e-3)
     assert found.idle == idle and same_fit == fit
+
+
+def test_distance_is_no_wait() -> None:
+    """Where nodes have one rank each, the ring of messages goes through all sites."""
+    one = {"devices": {"cpu": 1}, "network": network(1e8), "count": 2}
+    sites = [{"nodes": [one], "uplink": {"latency_s": 0.02, "bytes_per_s": 1e7}, "count": 2}]
+    real = cluster_from({"devices": {"cpu": FAST}, "sites": sites}, "test")
+    rows = probed(real)
+    far = max(min(row.about["seconds"]) for row in rows if row.kind == "ping")  # type: ignore[union-attr]
+    waits = [Note("wait", {"rank": rank, "seconds": [far + 2e-3]}) for rank in range(4)]
+    assert calibrate([*rows, *waits])[0].devices["cpu"].wait_s == pytest.approx(2e-3)
 
 
 def test_what_stands_out_is_named() -> None:

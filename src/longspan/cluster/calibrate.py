@@ -7,7 +7,7 @@ less than that was the other end's. Inside a node, where copies and sums count t
 rate of all its sends and collectives. What messages take from a device's computing is the time of
 its processors that they took: of small ones for each message, of large ones for each byte; a byte
 takes no longer than where all went into sending. How long a message waits for a rank that computes
-is what it took among such ranks, less the quickest ping of all.
+is what it took among such ranks, less the ping to the farthest of them.
 """
 
 from collections import defaultdict
@@ -120,11 +120,20 @@ class _Links:
         self.latency = {ends: max(0.0, took - message_s) for ends, took in self.latency.items()}
 
     def waits(self, told: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """How much longer messages took among ranks that compute than among idle ones."""
+        """How much longer messages took among ranks that compute than among idle ones.
+
+        They stayed inside nodes, unless one has a single rank.
+        """
         if not told:
             return {}
         took = median(second for one in told for second in one["seconds"])
-        return {"wait_s": max(0.0, took - min(self.latency.values()))}
+        inside = min(self.node.count(node) for node in self.node) > 1
+        pings = [
+            ping
+            for ends, ping in self.latency.items()
+            if not inside or len({self.node[rank] for rank in ends}) == 1
+        ]
+        return {"wait_s": max(0.0, took - max(pings))}
 
     def _latency_of(self, a: int, b: int) -> float:
         return self.latency.get(frozenset((a, b)), 0.0)

@@ -193,7 +193,13 @@ class Cluster(_Part):
     @cached_property
     def idle(self) -> "Cluster":
         """The same, where ranks only send and receive: no message waits for its peer."""
-        devices = {n: one.model_copy(update={"wait_s": 0.0}) for n, one in self.devices.items()}
+        still = {"wait_s": 0.0}
+        return self.with_devices(
+            {kind: device.model_copy(update=still) for kind, device in self.devices.items()}
+        )
+
+    def with_devices(self, devices: dict[str, Device]) -> "Cluster":
+        """The same with other devices, and wires of its own."""
         parts = {name: getattr(self, name) for name in Cluster.model_fields}
         return Cluster(**parts | {"devices": devices})
 

@@ -132,7 +132,7 @@ def _computing(watch: Stopwatch) -> Iterator[Note]:
 
 
 def _handled(watch: Stopwatch, nodes: list[tuple[int, ...]]) -> Iterator[Note]:
-    """What a processor has to do for small messages and for large ones; a GPU sends by itself.
+    """What a processor has to do for messages, and how long they wait; a GPU sends by itself.
 
     Inside nodes where all have several ranks: there, much can be sent in a moment.
     """

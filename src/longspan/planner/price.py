@@ -1,10 +1,10 @@
 """What each choice of a layer costs and holds, and what it costs to hand a tensor on.
 
 Two sums of seconds are kept apart. ``now`` is what nothing hides: computing, moving activations and
-their gradients, summing partial outputs. ``later`` is what can go on beside the backward of other
-layers: summing weights' gradients, less the backward that it may hide behind. A step takes the sum
-of all ``now`` and, if that is positive, of all ``later``. Where devices compute for what they send,
-sums that are hidden make backward longer, which is in ``now``.
+their gradients, summing partial outputs and the last bucket of weights' gradients. ``later`` is
+what can go on beside the backward of other layers: summing the others, less the backward that it
+may hide behind. A step takes the sum of all ``now`` and, if that is positive, of all ``later``.
+Where devices compute for what they send, hidden sums make backward longer, which is in ``now``.
 
 Forward moves what ``Layer`` counts; backward computes twice as much (once where only the weights or
 only the input need gradients), attention 2.5 times.
