@@ -66,7 +66,7 @@ def compare(
 
     def timed(key: str, lengths: list[int], prices: Prices) -> BatchPlan:
         start = time.process_time()
-        plan = plan_priced(lengths, prices)
+        plan = plan_priced(lengths, [prices])
         plan_s[key].append(time.process_time() - start)
         return plan
 
@@ -76,8 +76,8 @@ def compare(
             "bound": plan.lower_bound_s,
             "ours": plan.seconds,
             "any": timed("any", lengths, free).seconds,
-            "uniform": plan_priced(lengths, strict, mode="uniform").seconds,
-            "static": plan_priced(lengths, strict, mode="static", longest=largest).seconds,
+            "uniform": plan_priced(lengths, [strict], mode="uniform").seconds,
+            "static": plan_priced(lengths, [strict], mode="static", longest=largest).seconds,
             "bfd_uniform": min(best_fit(lengths, strict, size) for size in sizes),
             "bfd_static": best_fit(lengths, strict, degree),
         }

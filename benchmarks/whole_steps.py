@@ -41,7 +41,7 @@ BANDWIDTHS = (50, 200, 1000)
 MODELS = {"wide": (128, 2), "deep": (64, 5)}
 CASES = tuple(product(("uneven", "even"), MODELS))
 LONGEST, BATCH_TOKENS = 2048, 8192
-FIRST, STEPS, MEMORY_STEPS = 1, 4, 2
+FIRST, STEPS, MEMORY_STEPS = 1, 6, 2
 SETUPS = {
     "4 contiguous ring": Setup("fixed", 4, "contiguous", "ring", "world", "none"),
     "4 balanced ring": Setup("fixed", 4, "balanced", "ring", "node", "none"),
@@ -249,7 +249,15 @@ def foretold(folder: Path, run: dict[str, Any], rates: dict[str, Rates] | None) 
     work = replace(forecaster.work, rates=rates, memory_limit=None)
     setup, steps = setup_of(folder, run["data"], run["setup"]), FIRST + STEPS
     packs = steps * setup.accumulate * 4 // (setup.sp or 4)
-    return replace(forecaster, work=work, packs=packs, batches=steps).of(setup)
+    told = replace(forecaster, work=work, packs=packs, batches=steps).of(setup)
+    if setup.mode == "fixed":
+        return told
+    untimed = replace(forecaster, work=work, batches=FIRST).of(setup)
+    step_s, tokens = (
+        (steps * all_ - FIRST * first) / STEPS
+        for all_, first in ((told.step_s, untimed.step_s), (told.tokens, untimed.tokens))
+    )
+    return replace(told, step_s=step_s, tokens=tokens)
 
 
 def in_lab(folder: Path, work: str, megabits: int | None) -> dict[str, Any]:
@@ -293,7 +301,7 @@ def main() -> None:
                 told = {run["setup"]: foretold(folder, run, rates) for run in runs}
                 speeds = {}
                 for run in runs:
-                    setup, step_s = run["setup"], median(run["step_s"])
+                    setup, step_s = run["setup"], mean(run["step_s"])
                     speeds[setup] = mean(run["tokens"]) / step_s
                     one, plain = told[setup], foretold(folder, run, None)
                     error, alone = (x.step_s / step_s - 1 for x in (one, plain))

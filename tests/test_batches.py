@@ -170,7 +170,7 @@ def test_small_batches_are_near_the_optimum(kind: str) -> None:
         prices = small_prices(kind, case, rng)
         most = max(pool.prices[-1].most_tokens for pool in prices.pools)
         lengths = random_lengths(rng, int(rng.integers(1, 8)), most)
-        plan = plan_priced(lengths, prices)
+        plan = plan_priced(lengths, [prices])
         check(plan, prices, 160 << 30)
         least = optimum(prices, lengths)
         assert plan.lower_bound_s <= least * (1 + 1e-9)
@@ -185,7 +185,7 @@ def test_exact_mode_proves_the_optimum() -> None:
     for _ in range(4):
         prices = published_prices("7b", 4, memory_limit=160 << 30, powers_of_two=False)
         lengths = random_lengths(rng, 5, prices.pools[0].prices[-1].most_tokens)
-        plan = plan_priced(lengths, prices, exact_s=20)
+        plan = plan_priced(lengths, [prices], exact_s=20)
         check(plan, prices, 160 << 30)
         least = optimum(prices, lengths)
         assert plan.seconds == pytest.approx(least, rel=1e-4)
@@ -200,7 +200,7 @@ def test_plans_keep_to_memory_and_topology(mode: str, sharding: str) -> None:
     prices = Workload(cluster, SMALL, limit).prices(sharding, reduce_once=False)  # type: ignore[arg-type]
     for count in (1, 7, 60):
         lengths = random_lengths(rng, count, prices.capacity // 2)
-        plan = plan_priced(lengths, prices, mode=mode, longest=prices.capacity // 2)  # type: ignore[arg-type]
+        plan = plan_priced(lengths, [prices], mode=mode, longest=prices.capacity // 2)  # type: ignore[arg-type]
         check(plan, prices, limit)
         sizes = {len(g.ranks) for m in plan.micro_batches for g in m.groups}
         if mode != "flexible":
@@ -253,14 +253,14 @@ def test_short_sequences_are_planned_where_messages_are_dear() -> None:
 def test_same_arguments_same_plan() -> None:
     lengths = random_lengths(np.random.default_rng(3), 200, 50_000)
     prices = published_prices("7b", 64)
-    assert plan_priced(lengths, prices) == plan_priced(lengths, prices)
+    assert plan_priced(lengths, [prices]) == plan_priced(lengths, [prices])
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_models(name: str) -> None:
     prices = published_prices(name, 64)
     lengths = random_lengths(np.random.default_rng(4), 100, 100_000)
-    check(plan_priced(lengths, prices), prices, 28 << 30)
+    check(plan_priced(lengths, [prices]), prices, 28 << 30)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -270,7 +270,7 @@ def test_any_size_is_no_worse_than_powers_of_two(name: str) -> None:
     heavy = rng.lognormal(np.log(2000), 1.5, 120).astype(int)
     for lengths in (heavy, np.full(120, 4096), np.append(np.full(100, 600), powers.capacity - 1)):
         cut = np.clip(lengths, 1, powers.capacity - 1).tolist()
-        some, every = plan_priced(cut, powers), plan_priced(cut, free)
+        some, every = plan_priced(cut, [powers]), plan_priced(cut, [free])
         check(every, free, 28 << 30)
         assert every.seconds <= some.seconds * (1 + 1e-9)
 
@@ -279,21 +279,21 @@ def test_memory_is_filled() -> None:
     """One rank holds one such sequence, eight hold eleven."""
     lengths, prices = [4096] * 512, published_prices("7b", 64)
     assert prices.pools[0].prices[0].most_tokens < 2 * 4096
-    assert len(plan_priced(lengths, prices).micro_batches) == 6
+    assert len(plan_priced(lengths, [prices]).micro_batches) == 6
 
 
 def test_a_long_tail_is_near_the_bound() -> None:
     lengths = np.random.default_rng(6).lognormal(np.log(2000), 1.5, 512).astype(int)
-    plan = plan_priced(lengths.tolist(), published_prices("7b", 64, powers_of_two=False))
+    plan = plan_priced(lengths.tolist(), [published_prices("7b", 64, powers_of_two=False)])
     assert plan.seconds <= 1.1 * plan.lower_bound_s
 
 
 def test_too_long_a_sequence_is_named() -> None:
     prices = published_prices("7b", 8)
     with pytest.raises(MemoryLimitError, match=r"sequence 1 has 900,000 tokens.*such devices"):
-        plan_priced([100, 900_000], prices)
+        plan_priced([100, 900_000], [prices])
     with pytest.raises(MemoryLimitError, match="900,000"):
-        plan_priced([100], prices, mode="static", longest=900_000)
+        plan_priced([100], [prices], mode="static", longest=900_000)
     with pytest.raises(MemoryLimitError, match="GiB on each rank"):
         plan_batch([10], cluster=slow_cluster(memory="8MiB"), model=SMALL)
 
@@ -302,7 +302,7 @@ def test_what_cannot_be_planned() -> None:
     prices = published_prices("7b", 8)
     for lengths in ([], [0, 3]):
         with pytest.raises(ConfigError, match="at least 1"):
-            plan_priced(lengths, prices)
+            plan_priced(lengths, [prices])
     with pytest.raises(ConfigError, match="published"):
         published_prices("8b")
     with pytest.raises(ConfigError, match="1 to 64"):

@@ -271,12 +271,21 @@ def test_parameters_are_sharded_where_memory_asks_for_it(documents: Path, tmp_pa
 
 
 @pytest.mark.parametrize("tile", [1, 64, 512])
-def test_three_times_tell_the_rates_apart(tile: int) -> None:
-    rates = Rates(0.12, 3e-4, 5e-7)
+def test_four_times_tell_the_rates_apart(tile: int) -> None:
+    rates = Rates(0.12, 3e-4, 5e-7, document_s=8e-3)
 
     def takes(lengths: list[int]) -> float:
         pairs = sum(sum(min(n, -(-row // tile) * tile) for row in range(1, n + 1)) for n in lengths)
-        return rates.micro_batch_s + rates.token_s * sum(lengths) + rates.pair_s * pairs
+        own = rates.micro_batch_s + rates.document_s * len(lengths)
+        return own + rates.token_s * sum(lengths) + rates.pair_s * pairs
 
-    found = told_apart(100, 8, takes([1]), takes([100] * 8), takes([800]), tile)
+    shapes = [[1], [100] * 8, [25] * 32, [800]]
+    found = told_apart(shapes, [takes(shape) for shape in shapes], tile)
     assert astuple(found) == pytest.approx(astuple(rates))
+
+
+def test_no_rate_is_told_to_be_less_than_nothing() -> None:
+    # One document that takes less than many of as many tokens: its pairs can't take less than 0.
+    found = told_apart([[1], [100] * 8, [25] * 32, [800]], [0.1, 0.5, 0.9, 0.4], 1)
+    assert min(astuple(found)) >= 0
+    assert found.token_s > 0 and found.document_s > 0

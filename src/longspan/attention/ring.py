@@ -126,6 +126,7 @@ class RingAttention(torch.autograd.Function):
         out = q.new_zeros(size, dtype=wide).transpose(1, 2)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
         queries = _by_part(ring, q, out, lse)
+        reached = [0] * len(queries)  # no row from here on has a result yet, by part
 
         def compute(part: int, block: Block, held: Sequence[Tensor], _: Sequence[Tensor]) -> None:
             rows, columns = _cuts(block)
@@ -133,7 +134,12 @@ class RingAttention(torch.autograd.Function):
             kv = [x[:, :, columns] for x in held]
             run = Flipped(kernel) if block.flipped else kernel
             found = run.forward(query, *kv, causal=block.causal, scale=scale)
-            merge_(total, total_lse, *found)
+            if block.q_start < reached[part]:
+                merge_(total, total_lse, *found)
+            else:
+                total.copy_(found[0])
+                total_lse.copy_(found[1])
+            reached[part] = max(reached[part], block.q_stop)
 
         payloads = [Flat(early, "kv", kv) for kv in _by_part(ring, k, v)]
         _play(rounds(early, rank), group, payloads, (), compute)

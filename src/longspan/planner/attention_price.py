@@ -206,7 +206,8 @@ class Pricer:
                 step, blocks = steps[number], (turn.blocks, ring.parts)
                 hops = [hop.bytes for hop in (*turn.payload, *turn.grads)]
                 took = max(
-                    self._compute(kernels, *blocks, backward, rank) + self._handle(hops, rank)
+                    self._compute(kernels, *blocks, backward, rank, turn.source == place)
+                    + self._handle(hops, rank)
                     for rank in own
                 )
                 step.computed = max(step.computed, took)
@@ -291,18 +292,20 @@ class Pricer:
         parts: int,
         backward: bool,
         rank: int,
+        first: bool = False,
     ) -> float:
         total = 0.0
         for block in blocks:
             rows, columns = block.q_stop - block.q_start, block.kv_stop - block.kv_start
-            key = (kernels, rows, columns, block.causal, parts, backward, self.cluster.kinds[rank])
+            how = (parts, backward, first, self.cluster.kinds[rank])
+            key = (kernels, rows, columns, block.causal, *how)
             if key not in self._computed:
                 on_cpu = self.cluster.kinds[rank].startswith("cpu")
                 own = replace(kernels, tile=CPU_TILE if on_cpu else 1)
                 alone = Round(0, (block,), (), (), parts=parts)
                 self._computed[key] = sum(
                     seconds(op, self.cluster, (rank,))
-                    for _, op in own.attend(alone, False, backward)
+                    for _, op in own.attend(alone, first, backward)
                 )
             total += self._computed[key]
         return total

@@ -23,7 +23,7 @@ from longspan.planner.search import search, total_s
 from longspan.planner.teams import Shelf, Team, place
 from longspan.planner.workload import Rates, Workload, shardings
 
-__all__ = ["Mode", "plan_batch", "plan_priced"]
+__all__ = ["Mode", "plan_batch", "plan_priced", "ways_of"]
 
 Mode = Literal["flexible", "uniform", "static"]
 
@@ -59,18 +59,47 @@ def plan_batch(
         *(cluster, model, memory_limit, checkpointing, attention_kept, window, powers_of_two),
         rates=rates,
     )
-    priced, errors = [], []
-    spreads = (sharding,) if sharding else shardings(cluster)
+    ways = ways_of(work, sharding, reduce_once)
+    return plan_priced(lengths, ways, mode=mode, longest=longest, exact_s=exact_s)
+
+
+def ways_of(
+    work: Workload, sharding: Sharding | None = None, reduce_once: bool | None = None
+) -> tuple[Prices, ...]:
+    """The prices of each way to spread the parameters and to reduce gradients that fits.
+
+    They are the same for all batches. Raises MemoryLimitError if the model alone fits in no way.
+    """
+    ways, errors = [], []
+    spreads = (sharding,) if sharding else shardings(work.cluster)
     # Over all ranks, and gradients reduced at once, takes least memory: its error tells most.
     for spread, once in product(spreads, (False, True) if reduce_once is None else (reduce_once,)):
         if reduce_once is None and spread == "none" and not once:
             continue  # gradients are whole anyway
         try:
-            priced.append(_bounded(lengths, work.prices(spread, reduce_once=once)))
+            ways.append(work.prices(spread, reduce_once=once))
         except MemoryLimitError as error:
             errors.append(error)
-    if not priced:
+    if not ways:
         raise errors[0]
+    return tuple(ways)
+
+
+def plan_priced(
+    lengths: Sequence[int],
+    ways: Sequence[Prices],
+    *,
+    mode: Mode = "flexible",
+    longest: int | None = None,
+    exact_s: float = 0.0,
+) -> BatchPlan:
+    """Plan one batch in the best of these ways; what is raised is ``plan_batch``'s."""
+    priced, errors = [], []
+    for prices in ways:
+        try:
+            priced.append(_bounded(lengths, prices))
+        except MemoryLimitError as error:
+            errors.append(error)
     best: BatchPlan | None = None
     for batch, order, bound in sorted(priced, key=lambda one: one[2]):
         under = best.seconds if best else np.inf
@@ -84,21 +113,6 @@ def plan_batch(
     if best is None:
         raise errors[0]
     return best
-
-
-def plan_priced(
-    lengths: Sequence[int],
-    prices: Prices,
-    *,
-    mode: Mode = "flexible",
-    longest: int | None = None,
-    exact_s: float = 0.0,
-) -> BatchPlan:
-    """Plan one batch by these prices; what is raised is ``plan_batch``'s."""
-    batch, order, bound = _bounded(lengths, prices)
-    plan = _best(batch, order, bound, lengths, mode, longest, exact_s)
-    assert plan is not None  # nothing was asked of its seconds
-    return plan
 
 
 def _bounded(lengths: Sequence[int], prices: Prices) -> tuple[Batch, Ints, float]:

@@ -17,9 +17,9 @@ from longspan.balance import balanced
 from longspan.data.packing import Packer
 from longspan.errors import MemoryLimitError
 from longspan.layout import Order
-from longspan.plan import BatchPlan, Setup
+from longspan.plan import Setup
 from longspan.planner.attention import price_attention
-from longspan.planner.batches import plan_batch
+from longspan.planner.batches import plan_priced, ways_of
 from longspan.planner.workload import Rates, Workload
 from longspan.schedule.ring_tasks import AttentionKernels
 
@@ -64,7 +64,13 @@ class Forecaster:
             return self._fixed(work, setup)
         assert setup.global_batch, "a planned step has its documents counted"
         batches = 1 if setup.global_batch > _MANY else self.batches
-        plans = [self._planned(work, setup, batch) for batch in range(batches)]
+        ways = ways_of(work, setup.sharding)
+        plans = [
+            plan_priced(
+                self._batch(setup.global_batch, n), ways, mode=setup.mode, longest=max(self.lengths)
+            )
+            for n in range(batches)
+        ]
         groups = [group for plan in plans for micro in plan.micro_batches for group in micro.groups]
         return Forecast(
             mean(plan.seconds for plan in plans),
@@ -72,23 +78,8 @@ class Forecaster:
             max(group.peak_bytes for group in groups),
         )
 
-    def _planned(self, work: Workload, setup: Setup, batch: int) -> BatchPlan:
-        assert setup.global_batch and setup.mode != "fixed"
-        first = batch * setup.global_batch
-        pieces = range(first, first + setup.global_batch)
-        return plan_batch(
-            [self.packer.piece(n).length for n in pieces],
-            cluster=work.cluster,
-            model=work.model,
-            memory_limit=work.memory_limit,
-            mode=setup.mode,
-            longest=max(self.lengths),
-            sharding=setup.sharding,
-            checkpointing=work.checkpointing,
-            attention_kept=work.attention_kept,
-            window=work.window,
-            rates=work.rates,
-        )
+    def _batch(self, size: int, number: int) -> list[int]:
+        return [self.packer.piece(n).length for n in range(number * size, (number + 1) * size)]
 
     @cached_property
     def lengths(self) -> list[int]:

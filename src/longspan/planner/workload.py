@@ -7,8 +7,8 @@ reduction of gradients once a batch; the optimizer. Rates, latencies and bandwid
 cluster's. What a device takes for a token or a pair can also be given as measured.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -37,22 +37,21 @@ class Rates:
     """Seconds of one device, forward and backward: a micro-batch, each token, each pair.
 
     ``step_s``: of the clipping of gradients and the optimizer, once a step; 0: not known.
+    ``document_s``: of each document, however short; 0 where kernels are launched ahead, as on GPUs.
+    ``plan_s``: of planning a batch, where that takes its time from training.
     """
 
     micro_batch_s: float
     token_s: float
     pair_s: float
     step_s: float = 0.0
+    document_s: float = 0.0
+    plan_s: float = 0.0
 
     @classmethod
-    def slowest(cls, rates: "Sequence[Rates]") -> "Rates":
+    def slowest(cls, rates: "Iterable[Rates]") -> "Rates":
         """The most that any of these takes, of each."""
-        return cls(
-            max(rate.micro_batch_s for rate in rates),
-            max(rate.token_s for rate in rates),
-            max(rate.pair_s for rate in rates),
-            max(rate.step_s for rate in rates),
-        )
+        return cls(*map(max, zip(*map(astuple, rates), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,24 @@ class Workload:
     overlap: bool | None = None
 
     def pairs(self, tokens: Ints) -> Floats:
-        """Query-key pairs of causal documents of so many tokens, as kernels compute them."""
+        """Query-key pairs of causal documents of so many tokens, as kernels compute them.
+
+        What a document takes however short is among them, as so many pairs: ranks that share
+        documents share it, too.
+        """
         n = tokens.astype(np.float64)
         if self.window is None and any(kind.startswith("cpu") for kind in self.cluster.kinds):
-            tiled: Floats = tiled_pairs(n, CPU_TILE)
+            tiled: Floats = tiled_pairs(n, CPU_TILE) + self._document_pairs
             return tiled
         seen = n if self.window is None else np.minimum(n, self.window)
-        found: Floats = seen * (seen + 1) / 2 + (n - seen) * seen
+        found: Floats = seen * (seen + 1) / 2 + (n - seen) * seen + self._document_pairs
         return found
+
+    @cached_property
+    def _document_pairs(self) -> float:
+        """As many pairs as take as long as a document takes beside its tokens and pairs."""
+        rates = Rates.slowest(self.rates_of(kind) for kind in set(self.cluster.kinds))
+        return rates.document_s / rates.pair_s if rates.pair_s else 0.0
 
     @property
     def dtype(self) -> str:
@@ -108,7 +117,10 @@ class Workload:
         pair = 4 * model.heads * model.head_dim * model.layers
         pair_s = (1 + again * (1 - kept)) * pair / self._rate(device, kind, f"attention {heads}")
         pair_s += _BACKWARD * pair / self._rate(device, kind, f"attention backward {heads}")
-        return Rates(self._kernels * device.overhead_s, token_s, pair_s)
+        document_s = 0.0
+        if kind.startswith("cpu"):  # where nothing runs ahead of what launches it
+            document_s = self._block_kernels(True) * model.layers * device.overhead_s
+        return Rates(self._kernels * device.overhead_s, token_s, pair_s, document_s=document_s)
 
     @property
     def _kernels(self) -> float:
@@ -123,7 +135,7 @@ class Workload:
             return self.cluster
         told, kinds = replace(self, rates=None), dict(self.cluster.devices)
         for kind, rates in self.rates.items():
-            if kind.startswith("cpu"):  # where nothing runs ahead of what launches it
+            if kind.startswith("cpu"):
                 a_kernel = rates.micro_batch_s / self._kernels
                 least = kinds[kind].overhead_s
                 kinds[kind] = kinds[kind].model_copy(update={"overhead_s": max(least, a_kernel)})
@@ -153,8 +165,12 @@ class Workload:
         return State(
             *(self.calibrated, self.model, sharding, reduce_once, self.memory_limit),
             *(self.checkpointing, self.attention_kept),
-            step_s=max(rates.step_s for rates in self.rates.values()) if self.rates else 0.0,
+            step_s=self._measured("step_s"),
         )
+
+    def _measured(self, name: str) -> float:
+        """The most that any device was measured to take once a step, 0 if none was."""
+        return max((getattr(rates, name) for rates in (self.rates or {}).values()), default=0.0)
 
     def prices(self, sharding: Sharding, *, reduce_once: bool = True) -> Prices:
         """The prices of all groups, if parameters are spread so.
@@ -194,7 +210,7 @@ class Workload:
             pairs_of=self.pairs,
             bytes_of=state.bytes_of,
             gather_s=state.gather_s(),
-            batch_s=state.batch_s(),
+            batch_s=state.batch_s() + self._measured("plan_s"),
             overlap=self.overlaps,
             sharding=sharding,
             reduce_once=reduce_once,
@@ -274,17 +290,22 @@ class Workload:
         A ring's are those of one document that all share; what is whole on a rank adds none.
         """
         others, again = size - 1, 1 if self.checkpointing != "none" else 0
-        own = AttentionKernels(1, 1, 1, self.dtype)
-        a_round = Round(0, (Block(0, 1, 0, 1, False),), (), ())
-        forward, backward = (
-            sum(op.kernels for _, op in own.attend(a_round, False, back)) for back in (False, True)
-        )
         # Keys and values go around forward; backward they or the queries, and gradients.
-        ring = 2 * (3 + again) * others, others * ((1 + again) * forward + backward)
+        ring = 2 * (3 + again) * others, others * self._block_kernels(False)
         # Two exchanges forward, two backward, each with a message to each of the others and one
         # from it, which are packed and unpacked.
         each = 2 * (2 + again) * 2 * others
         return (each, each), ring
+
+    def _block_kernels(self, first: bool) -> int:
+        """Of a document's attention on a rank, forward and backward; ``first``: in round one."""
+        again = 1 if self.checkpointing != "none" else 0
+        own = AttentionKernels(1, 1, 1, self.dtype)
+        a_round = Round(0, (Block(0, 1, 0, 1, False),), (), ())
+        forward, backward = (
+            sum(op.kernels for _, op in own.attend(a_round, first, back)) for back in (False, True)
+        )
+        return (1 + again) * forward + backward
 
 
 def _tried(size: int, node: int) -> bool:

@@ -20,7 +20,9 @@ __all__ = ["CPU_TILE", "AttentionKernels", "Kernels", "Named", "ring_tasks", "ti
 Named = tuple[str, Compute]
 CPU_TILE = 512  # torch's flash attention for CPUs computes so many columns together
 _BACKWARD = 2.5  # five matrix products to forward's two
-_ADDS = (12, 10)  # kernels, of views as well, that add a block's results up, forward and backward
+# Kernels, of views as well, that add a block's results up, forward and backward; forward's first
+# round has nothing to add them to.
+_ADDS, _FIRST = (12, 10), 5
 
 
 def tiled_pairs(tokens: Any, tile: int) -> Any:
@@ -110,7 +112,7 @@ class AttentionKernels:
 
     def attend(self, turn: Round, first: bool, backward: bool) -> Sequence[Named]:
         """A kernel and a pass for each block, of the round's part of the heads."""
-        name, kind, factor, kernels = "forward", "attention", 1.0, _ADDS[0]
+        name, kind, factor, kernels = "forward", "attention", 1.0, _FIRST if first else _ADDS[0]
         if backward:
             name, kind, factor, kernels = "backward", "attention backward", _BACKWARD, _ADDS[1]
         found: list[Named] = []

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from transformers import PreTrainedConfig
@@ -19,8 +19,8 @@ from longspan.comm.groups import Groups
 from longspan.errors import ConfigError, LongspanError, MemoryLimitError, PlanError
 from longspan.models.windows import layer_windows
 from longspan.plan import BatchPlan
-from longspan.planner.batches import plan_batch
-from longspan.planner.prices import Sharding
+from longspan.planner.batches import plan_priced, ways_of
+from longspan.planner.prices import Prices, Sharding
 from longspan.planner.workload import Rates, Workload
 from longspan.train.batches import Batches, Place
 from longspan.train.config import Config
@@ -46,16 +46,15 @@ class Planning:
         self._config, self._batches, self._size = config, batches, train.global_batch
         windows = set(layer_windows(model))
         self._cluster = read_cluster(ways.cluster)
-        self._work: dict[str, Any] = {
-            "cluster": self._cluster,
-            "model": transformer_sizes(config, model),
-            "memory_limit": ways.memory_bytes,
-            "checkpointing": train.checkpointing,
-            "attention_kept": train.attention_kept,
-            "window": windows.pop() if len(windows) == 1 else None,
-        }
+        self._work = Workload(
+            *(self._cluster, transformer_sizes(config, model)),
+            memory_limit=ways.memory_bytes,
+            checkpointing=train.checkpointing,
+            attention_kept=train.attention_kept,
+            window=windows.pop() if len(windows) == 1 else None,
+        )
         self._plan: Callable[..., BatchPlan] = partial(
-            plan_batch, **self._work, mode=ways.mode, longest=batches.longest_piece
+            plan_priced, mode=ways.mode, longest=batches.longest_piece
         )
 
     def sharding(self) -> Sharding:
@@ -78,10 +77,11 @@ class Planning:
 
     def best_sharding(self, lengths: tuple[int, ...]) -> Sharding:
         """What suits these lengths: whole parameters, if all else gains little."""
-        plan = self._plan(lengths)
+        plan = self._plan(lengths, ways_of(self._work))
         with suppress(MemoryLimitError):
-            self._plan((self._batches.longest_piece,), sharding="none")  # it will come
-            whole = self._plan(lengths, sharding="none")
+            ways = ways_of(self._work, "none")
+            self._plan((self._batches.longest_piece,), ways)  # it will come
+            whole = self._plan(lengths, ways)
             if whole.seconds <= plan.seconds * _AS_GOOD:
                 return "none"
         return plan.sharding
@@ -102,7 +102,7 @@ class Planning:
         return PlannedBatches(
             self._batches,
             groups,
-            partial(self._plan, sharding=sharding, rates=rates),
+            partial(self._plan, ways=ways_of(replace(self._work, rates=rates), sharding)),
             global_batch=self._size,
             ahead=train.plan_ahead,
             timeout_s=train.timeout_s,
@@ -110,8 +110,7 @@ class Planning:
 
     def _measured(self, runner: StepRunner, groups: Groups, sharding: Sharding) -> dict[str, Rates]:
         training = self._batches.training
-        work = Workload(**self._work)
-        prices = work.prices(sharding, reduce_once=False)
+        prices = self._work.prices(sharding, reduce_once=False)
         most = min(pool.prices[0].most_tokens for pool in prices.pools if pool.prices[0].ranks == 1)
         # Gradients are whole while it's measured, so not all of the memory is used.
         tokens = min(most * 3 // 4, 2 * self._config.data.max_length)
@@ -120,12 +119,25 @@ class Planning:
         rates = measure_rates(runner, alone, self._cluster, tokens, usual)
         # What was measured has gathered parameters, too, which has a price of its own; gradients
         # weren't reduced.
-        state = replace(work, rates=rates).state(sharding, reduce_once=True)
-        gather_s = 0.0 if prices.overlap else state.gather_s()
+        work = replace(self._work, rates=rates)
+        gather_s = 0.0 if prices.overlap else work.state(sharding, reduce_once=True).gather_s()
+        plan_s = self._planning_s(ways_of(work, sharding)) if runner.device.type == "cpu" else 0.0
         return {
-            kind: replace(rate, micro_batch_s=max(0.0, rate.micro_batch_s - gather_s))
+            kind: replace(
+                rate, micro_batch_s=max(0.0, rate.micro_batch_s - gather_s), plan_s=plan_s
+            )
             for kind, rate in rates.items()
         }
+
+    def _planning_s(self, ways: Sequence[Prices]) -> float:
+        """Seconds of a plan while all ranks compute: a CPU that plans can't train meanwhile."""
+        first, *others = (self._batches.lengths_of(n * self._size, self._size) for n in range(3))
+        self._plan(first, ways)
+        dist.barrier()
+        start = time.perf_counter()
+        for lengths in others:
+            self._plan(lengths, ways)
+        return (time.perf_counter() - start) / len(others)
 
 
 def _kept(path: Path, key: str) -> dict[str, Rates] | None:

@@ -1,12 +1,14 @@
 """How fast the model itself is on these devices: a probe knows matrix products, not the model.
 
-Three forward and backward passes tell apart what a micro-batch costs, what a token adds and what a
-query-key pair adds: a single token, some documents of usual length, and one document as long. A
-micro-batch's cost is timed by itself, not told from a difference of long times: it is what small
-micro-batches are mostly made of, and kernels and messages have it whatever their size.
+Four forward and backward passes tell apart what a micro-batch costs, what a document, a token and
+a query-key pair add: a single token, documents of usual length, documents a quarter as long, and
+one document of as many tokens. A micro-batch's cost is timed nearly by itself, not told from a
+difference of long times: it is what small micro-batches are mostly made of, and kernels and
+messages have it whatever their size.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import astuple, replace
 from statistics import median
 
@@ -38,16 +40,17 @@ def measure_rates(
     gradients are forgotten.
     """
     usual = max(1, min(usual, tokens // 4))
-    count = max(2, tokens // usual // 2 * 2)
-    shapes = [[1], [usual] * count, [usual * count]]
-    least, many, one = (_seconds(runner, place, shape) for shape in shapes)
+    short = -(-usual // 4)
+    total = max(2, tokens // usual // 2 * 2) * usual
+    shapes = [[1], [usual] * (total // usual), [short] * (total // short), [total]]
+    took = [_seconds(runner, place, shape) for shape in shapes]
     # FSDP2 has added the gradients up out of reach; to be forgotten they must be reduced first.
     runner.reduce_gradients(True)
     _pass(runner, place, [1])
     step_s = _step_s(runner)
     runner.model.zero_grad()
     tile = CPU_TILE if runner.device.type == "cpu" else 1
-    found_here = replace(told_apart(usual, count, least, many, one, tile), step_s=step_s)
+    found_here = replace(told_apart(shapes, took, tile), step_s=step_s)
     own = torch.tensor(astuple(found_here), dtype=torch.float64, device=runner.device)
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own)
@@ -59,19 +62,29 @@ def measure_rates(
     return found
 
 
-def told_apart(
-    usual: int, count: int, least_s: float, many_s: float, one_s: float, tile: int
-) -> Rates:
-    """The rates by which one token, ``count`` documents of ``usual`` and one as long take so.
+def told_apart(shapes: Sequence[Sequence[int]], took_s: Sequence[float], tile: int) -> Rates:
+    """The rates by which passes over documents of these lengths take so.
 
-    ``tile``: that of the pairs that attention computes (``tiled_pairs``).
+    Relative errors are least, and nothing takes less than no time. ``tile``: that of the pairs that
+    attention computes (``tiled_pairs``).
     """
-    tokens = usual * count
-    pairs, all_pairs = count * tiled_pairs(usual, tile), tiled_pairs(tokens, tile)
-    pair_s = max(0.0, (one_s - many_s) / (all_pairs - pairs))
+    rows = [
+        (1, len(shape), sum(shape), sum(float(tiled_pairs(n, tile)) for n in shape))
+        for shape in shapes
+    ]
+    times = np.array(took_s)
+    relative = np.array(rows, dtype=np.float64) / times[:, None]
+    found, free = np.zeros(4), np.arange(4)
+    while len(free):
+        some = np.linalg.lstsq(relative[:, free], np.ones(len(times)))[0]
+        if some.min() >= 0:
+            found[free] = some
+            break
+        free = np.delete(free, some.argmin())
+    micro_batch_s, document_s, token_s, pair_s = found.tolist()
     # Noise must not make tokens free.
-    token_s = max(many_s - least_s - pair_s * (pairs - 1), 0.1 * many_s) / (tokens - 1)
-    return Rates(max(0.0, least_s - token_s - pair_s), token_s, pair_s)
+    token_s = max(token_s, 0.1 * max(took_s) / max(map(sum, shapes)))
+    return Rates(micro_batch_s, token_s, pair_s, document_s=document_s)
 
 
 def _seconds(runner: StepRunner, place: Place, lengths: list[int]) -> float:
