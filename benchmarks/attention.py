@@ -59,18 +59,24 @@ def worker(out: Path) -> None:
     nodes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp_inter", "sp_intra"))
     flat_group(nodes)
     rank, rows = dist.get_rank(), []
+
+    def ours(name: str, mesh: Any, inside: Any = "ring") -> Callable[..., Any]:
+        return lambda q, k, v: longspan.attend(
+            q, k, v, mesh=mesh, inside=inside, parts=parts.get(name), **told
+        )
+
     ways: dict[str, Callable[..., Any]] = {
         "deepspeed-ulysses": _ulysses(flat),
-        "kv-ring": lambda q, k, v: longspan.attend(q, k, v, mesh=flat, travels="kv", **told),
-        "flat": lambda q, k, v: longspan.attend(q, k, v, mesh=flat, **told),
-        "double": lambda q, k, v: longspan.attend(q, k, v, mesh=nodes, **told),
-        "heads": lambda q, k, v: longspan.attend(
-            q, k, v, mesh=flat, inside="heads", parts=parts, **told
+        "kv-ring": lambda q, k, v: longspan.attend(
+            q, k, v, mesh=flat, travels="kv", parts=1, **told
         ),
-        "hybrid": lambda q, k, v: longspan.attend(q, k, v, mesh=nodes, inside="heads", **told),
+        "flat": ours("flat", flat),
+        "double": ours("double", nodes),
+        "heads": ours("heads", flat, "heads"),
+        "hybrid": ours("hybrid", nodes, "heads"),
     }
     for length, heads, dim, repeats in SIZES:
-        told, parts = {"cu_seqlens": (0, length)}, None
+        told, parts = {"cu_seqlens": (0, length)}, {}
         for group in GROUPS:
             torch.manual_seed(0)
             whole = [torch.randn(1, h, length, dim) for h in (heads, *(heads // group,) * 2, heads)]
@@ -86,11 +92,11 @@ def worker(out: Path) -> None:
             start = time.perf_counter()
             plan = plan_attention(cluster, kernels, (0, length))
             planning_s = time.perf_counter() - start
-            parts = next(choice.parts for choice in plan if choice.name == "heads")
+            parts = {OURS[choice.name]: choice.parts for choice in plan}
             foretold = {OURS[choice.name]: choice.seconds for choice in plan}
 
             found: dict[str, list[list[float]]] = {name: [] for name in ways}
-            same = next(c.travels for c in plan if c.name == "flat ring") == "kv"
+            same = any((c.name, c.travels, c.parts) == ("flat ring", "kv", 1) for c in plan)
             for repeat in range(-1, repeats):
                 best = {n: min(row[0] for row in timed) for n, timed in found.items() if timed}
                 for name, way in ways.items():
@@ -128,7 +134,7 @@ def worker(out: Path) -> None:
                         "compute_s": alone.get((name, "_no_sends")),
                         "communicate_s": alone.get((name, "_no_kernels")),
                         "planning_s": planning_s,
-                        "parts": parts if name == "heads" else None,
+                        "parts": parts.get(name),
                     }
                 )
     if rank == 0:
@@ -278,8 +284,7 @@ def main() -> None:
                         cells += [*(f"{s * 1e3:.0f}" for s in both), f"{ratio:.2f}"]
                         if max(both) < 2 * min(both):
                             overlaps.append((ratio, name, row is chosen))
-                    cut = f" in {row['parts']}" if row["parts"] else ""
-                    detail.add_row(*point, name + cut, *cells)
+                    detail.add_row(*point, f"{name} in {row['parts']}", *cells)
     console.print(table)
     console.print(detail)
     mha = first[SIZES[0][0], 1]

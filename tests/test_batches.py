@@ -1,6 +1,7 @@
 """Batches onto groups: optimal where that can be told, within memory, and exact about it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -17,7 +18,7 @@ from longspan.planner.batches import plan_batch, plan_priced
 from longspan.planner.prices import Price, Prices
 from longspan.planner.published import PUBLISHED, published_prices
 from longspan.planner.wires import Wires
-from longspan.planner.workload import Workload
+from longspan.planner.workload import Rates, Workload
 from longspan.schedule.ops import Comm
 
 SMALL = Transformer(4, 256, 8, 4, 32, 512, 1000)
@@ -327,3 +328,14 @@ def test_exchange_costs_what_the_cluster_says(size: int) -> None:
     assert took * tokens == pytest.approx(asked.transfer_s)
     assert wires.latency(counts) == pytest.approx(asked.latency_s)
     assert sent * tokens == pytest.approx((size - 1) * each)
+
+
+def test_a_document_and_a_plan_take_what_they_were_measured_to_take() -> None:
+    rates = Rates(0.01, 1e-4, 1e-8)
+    cluster = slow_cluster(1, 1)
+
+    def seconds(rates: Rates) -> float:
+        return plan_batch([100] * 8, cluster=cluster, model=SMALL, rates={"device": rates}).seconds
+
+    more = replace(rates, document_s=0.02, plan_s=0.3)
+    assert seconds(more) - seconds(rates) == pytest.approx(8 * 0.02 + 0.3)

@@ -63,10 +63,10 @@ def attend(
     around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes. ``grads_in``: the dtype that
     gradients travel in. They are added up in "float32" (float64 for float64) and travel so, too;
     in "compute", q's own, they are fewer bytes but are rounded at each of up to P-1 hops. A head
-    exchange's are always in q's. ``parts``: in how many parts of the heads an exchange crosses, one
-    while another is attended; by default as many as leave large messages, one where a ring is
-    outside. ``kept`` remembers a part of the result for when the same call is
-    made again to recompute activations.
+    exchange's are always in q's. ``parts``: in how many parts of the heads a ring's payload or,
+    where there is no ring, an exchange crosses, one while another is attended; by default as many
+    as leave large messages. ``kept`` remembers a part of the result for when the same call is made
+    again to recompute activations.
 
     Raises LayoutError for tensors, mesh, order, window and documents that don't fit together, and
     for an unknown way.
@@ -76,7 +76,7 @@ def attend(
     if travels != "auto":
         _check_ways(travels=(travels, Travels))
     if parts is not None and parts < 1:
-        raise LayoutError(f"heads can't be exchanged in {parts} parts: use 1 or more, or None")
+        raise LayoutError(f"heads can't be sent in {parts} parts: use 1 or more, or None")
     order = Order.of(order)
     _check_shapes(q, k, v, sinks)
     if cu_seqlens is None:
@@ -110,6 +110,7 @@ def attend(
             grads_in=grads_in,
             node_ranks=node_ranks,
             width=width,
+            parts=parts,
         )
         return turn(q, k, v, sinks, ring, group, scale, travels, grads_in, kept)
 

@@ -76,12 +76,13 @@ def shares_of(
 ) -> HeadShares:
     """Who gets which heads when; ``length``: keys of the whole sequence."""
     shares = HeadShares(q.shape[1], k.shape[1], width)
+    if places > 1:  # a ring outside has parts of its own, which overlap one another
+        parts = 1
     if parts is None:
         batch, size = q.shape[0], q.shape[0] * q.element_size()
         weights = size * q.shape[3], size * (k.shape[3] + v.shape[3])
         rows = -(-GPU_ROWS // max(1, batch)) if q.is_cuda else 1
-        # A ring outside has parts of its own, which overlap one another.
-        parts = 1 if places > 1 else shares.cuts(length // width, *weights, rows)[-1]
+        parts = shares.cuts(length // width, *weights, rows)[-1]
     return replace(shares, parts=parts)
 
 

@@ -289,6 +289,7 @@ def ring_of(
     node_ranks: int = 0,
     width: int = 1,
     grads_in: GradsIn = "float32",
+    parts: int | None = None,
 ) -> Ring:
     """The ring schedule's sizes for these queries, keys and values."""
     wide, wire = accumulation_dtype(k.dtype).itemsize, _wire_dtype(k.dtype, grads_in).itemsize
@@ -308,4 +309,4 @@ def ring_of(
         node_ranks=node_ranks,
         width=width,
         kv_documents=None if kv_documents is None else tuple(kv_documents),
-    ).in_parts(k.shape[1])
+    ).in_parts(k.shape[1], parts)

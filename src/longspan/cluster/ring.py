@@ -80,15 +80,16 @@ def predict_ring(
     length: int,
     order: Order | str,
     ranks: int | None = None,
+    parts: int | None = None,
 ) -> RingPrediction:
     """Play causal attention over ``length`` tokens on the first ``ranks`` (by default all).
 
-    Raises ClusterError if there are fewer, ConfigError or LayoutError for sizes or an order that
-    can't be.
+    ``parts``: of the heads, in which it goes around (``Ring.in_parts``). Raises ClusterError if
+    there are fewer, ConfigError or LayoutError for sizes or an order that can't be.
     """
     world = cluster.ranks if ranks is None else ranks
     if not 1 <= world <= cluster.ranks:
         raise ClusterError(f"{world} ranks on a cluster of {cluster.ranks}: give 1 to all of them")
-    ring = kernels.ring(length, world, order)
+    ring = kernels.ring(length, world, order, parts=parts)
     tasks = [ring_tasks(ring, rank, kernels) for rank in range(world)]
     return RingPrediction(ring, cluster, simulate(tasks, cluster))

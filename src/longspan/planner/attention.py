@@ -27,8 +27,8 @@ class AttentionChoice:
     """A way to attend, and what it is foretold to take.
 
     ``mesh``: the sizes of the axes that ``attend`` is to be given, over the ranks in their order;
-    ``inside``, ``travels`` (what is fewer bytes), ``parts`` (of a head exchange) and ``order``: its
-    arguments of those names.
+    ``inside``, ``travels`` (what is fewer bytes), ``parts`` and ``order``: its arguments of those
+    names.
     Seconds of forward and of backward; bytes that the busiest rank sends in both, and that the
     busiest node sends to others.
     """
@@ -139,11 +139,11 @@ def _ways(world: int, node: int) -> Iterable[Way]:
 def _priced(pricer: Pricer, way: Way, cuts: Sequence[int]) -> AttentionChoice:
     """In the number of parts that is the quickest, of these."""
     travels = pricer.travels(way)
-    rings = [(False, pricer.ring(way, False, "kv")), (True, pricer.ring(way, True, travels))]
     found: list[AttentionChoice] = []
     for parts in cuts:
         split = replace(way, parts=parts)
-        forward, backward = (pricer.seconds(split, back, ring) for back, ring in rings)
+        forward = pricer.seconds(split, False, pricer.ring(split, False, "kv"))
+        backward = pricer.seconds(split, True, pricer.ring(split, True, travels))
         found.append(
             AttentionChoice(
                 *(way.name, way.mesh, "heads" if way.width > 1 else "ring", travels, parts),

@@ -11,7 +11,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain, pairwise, product
-from math import gcd
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -41,7 +40,10 @@ class Send(NamedTuple):
 
 @dataclass(frozen=True)
 class Way:
-    """A ring of ``places``, each of ``width`` ranks that exchange heads, in so many parts."""
+    """A ring of ``places``, each of ``width`` ranks that exchange heads.
+
+    ``parts``: of the heads, in which the ring goes or, if there is none, the exchange.
+    """
 
     name: WayName
     places: int
@@ -121,9 +123,10 @@ class Pricer:
         return {}
 
     def cuts(self, way: Way) -> list[int]:
-        """In how many parts the heads may be exchanged."""
-        if way.width == 1 or way.places > 1:
-            return [1]
+        """In how many parts of the heads it may go."""
+        if way.places > 1:
+            each = [self._ring_of(k, way).cuts(k.kv_heads) for k, _ in self._shared(way)]
+            return sorted(set.intersection(*map(set, each)))
         shares = HeadShares(self.kernels.heads, self.kernels.kv_heads, way.width)
         cpu = any(self.cluster.kinds[rank].startswith("cpu") for rank in self.ranks)
         rows = 1 if cpu else GPU_ROWS
@@ -140,7 +143,8 @@ class Pricer:
         if way.width == 1:
             return ring
         k, length, world = self.kernels, self.documents[-1], len(self.ranks)
-        shares = HeadShares(k.heads, k.kv_heads, way.width, way.parts)
+        cut = way.parts if way.places == 1 else 1
+        shares = HeadShares(k.heads, k.kv_heads, way.width, cut)
         slowest, sends = 0.0, list(ring.sends)
         for place in range(way.places):
             members = range(place * way.width, (place + 1) * way.width)
@@ -161,7 +165,7 @@ class Pricer:
             comes = [handling(op, self.cluster) for op, _ in every[1:]]
             goes = [handling(op, self.cluster) for _, op in every[:-1]]
             computed = [
-                ring.seconds / way.parts + took[op] + sum(beside)
+                ring.seconds / cut + took[op] + sum(beside)
                 for op, *beside in zip(packing, [*comes, 0.0], [0.0, *goes], strict=True)
             ]
             slowest = max(slowest, _in_turn(there, computed, home))
@@ -331,6 +335,13 @@ class Pricer:
 
     def _parts(self, way: Way) -> list[tuple[Ring, AttentionKernels, list[int]]]:
         """The rings side by side, one a share of the heads: alike ones once, with their members."""
+        # Rings of unequal heads are priced as if they took turns together.
+        parts = way.parts if way.places > 1 else 1
+        return [(replace(self._ring_of(kernels, way), parts=parts), kernels, members)
+                for kernels, members in self._shared(way)]  # fmt: skip
+
+    def _shared(self, way: Way) -> list[tuple[AttentionKernels, list[int]]]:
+        """The heads of alike members of a place, and which members these are."""
         shares = HeadShares(self.kernels.heads, self.kernels.kv_heads, way.width)
         alike: dict[AttentionKernels, list[int]] = {}
         for member in range(way.width):
@@ -339,11 +350,7 @@ class Pricer:
             if heads:
                 kernels = replace(self.kernels, heads=heads, kv_heads=kv_heads)
                 alike.setdefault(kernels, []).append(member)
-        rings = [self._ring_of(kernels, way) for kernels in alike]
-        # Rings of unequal heads are priced as if they took turns together.
-        parts = gcd(*(ring.parts for ring in rings))
-        return [(replace(ring, parts=parts), kernels, members)
-                for ring, (kernels, members) in zip(rings, alike.items(), strict=True)]  # fmt: skip
+        return list(alike.items())
 
     def _ring_of(self, kernels: AttentionKernels, way: Way) -> Ring:
         return kernels.ring(

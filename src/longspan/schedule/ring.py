@@ -100,18 +100,28 @@ class Ring:
         """Nodes: places of the outer ring."""
         return self.world // self.node
 
-    def in_parts(self, kv_heads: int) -> "Ring":
-        """The same in as many parts of the KV heads as pay.
+    def cuts(self, kv_heads: int) -> list[int]:
+        """Numbers of parts of the KV heads that may pay, ascending.
 
         One part's messages go between nodes while another is computed; so does what a turn of the
         outer ring can't hide by itself: the first one's keys, the last one's gradients. Many nodes
         make many turns anyway, and small messages wait for latency only.
         """
+        if self.nodes == 1:
+            return [1]
         ends = self.documents if self.kv_documents is None else self.kv_documents
         message = ends[-1] // self.world * self.kv_bytes
-        ways = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0] or [1]
-        parts = paying_parts(ways, message, self.nodes)[-1] if self.nodes > 1 else 1
-        return replace(self, parts=parts)
+        return paying_parts(_divisors(kv_heads), message, self.nodes)
+
+    def in_parts(self, kv_heads: int, parts: int | None = None) -> "Ring":
+        """The same in so many parts of the KV heads, or fewer that are equal; None: the most."""
+        if parts is None:
+            return replace(self, parts=self.cuts(kv_heads)[-1])
+        return replace(self, parts=max(n for n in _divisors(kv_heads) if n <= parts))
+
+
+def _divisors(kv_heads: int) -> list[int]:
+    return [n for n in range(1, kv_heads + 1) if kv_heads % n == 0] or [1]
 
 
 def paying_parts(ways: Iterable[int], size: int, turns: int = 1) -> list[int]:

@@ -22,7 +22,7 @@ CPU_TILE = 512  # torch's flash attention for CPUs computes so many columns toge
 _BACKWARD = 2.5  # five matrix products to forward's two
 # Kernels, of views as well, that add a block's results up, forward and backward; forward's first
 # round has nothing to add them to.
-_ADDS, _FIRST = (12, 10), 5
+_ADDS, _FIRST = (16, 13), 8
 
 
 def tiled_pairs(tokens: Any, tile: int) -> Any:
@@ -85,8 +85,12 @@ class AttentionKernels:
         window: int | None = None,
         node_ranks: int = 0,
         width: int = 1,
+        parts: int | None = None,
     ) -> Ring:
-        """The ring, by default causal over one document; gradients travel in float32 at least."""
+        """The ring, by default causal over one document; gradients travel in float32 at least.
+
+        ``parts``: ``Ring.in_parts``'s.
+        """
         if length < 1 or world < 1:
             raise ConfigError(f"{length} tokens on {world} ranks: both must be at least 1")
         kv, q = 2 * self.kv_heads * self.head_dim, self.heads * self.head_dim
@@ -104,7 +108,7 @@ class AttentionKernels:
             node_ranks=node_ranks,
             width=width,
             window=window,
-        ).in_parts(self.kv_heads)
+        ).in_parts(self.kv_heads, parts)
 
     def begin(self, backward: bool) -> Sequence[Named]:
         """Nothing."""
