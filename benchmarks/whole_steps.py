@@ -4,7 +4,8 @@ In the lab, 2 nodes × 2 ranks of 0.45 core each, at 50, 200 and 1,000 Mbit/s, w
 even documents and two models: twelve cases, each trained in five ways. These take turns, a step
 each, so that what disturbs the machine disturbs all; the first step, in which the planner starts
 and groups are made, doesn't count. Foretold twice: from the probe alone, and with the model's own
-rates as ``train`` measures them before its first step.
+rates as ``train`` measures them before its first step; from the latter a way is recommended as
+``longspan plan`` does it, the simplest of those about as fast as the fastest.
 
 Memory is the most that torch's allocator has handed out on a rank, from before its model is built
 to the end of the second step: counted, not sampled, as ``torch.cuda.max_memory_allocated`` is on
@@ -34,6 +35,7 @@ from benchmarks.peak import peak_bytes
 from benchmarks.record import conclude
 from longspan.cluster.spec import read_cluster
 from longspan.plan import Setup
+from longspan.planner.joint import simplest
 from longspan.planner.workload import Rates
 from longspan.train.config import Config, load_config
 
@@ -316,7 +318,8 @@ def main() -> None:
                         *(f"{step_s:.3f}", f"{one.step_s:.3f}", f"{error:+.0%}", f"{alone:+.0%}"),
                         *(f"{peak / 1e6:.1f}", f"{held / 1e6:.1f}", f"{memory[-1]:+.0%}"),
                     )
-                best = max(told, key=lambda setup: told[setup].tokens_per_s)
+                names = {setup_of(folder, data, name): name for name in told}
+                best = names[simplest({own: told[name] for own, name in names.items()})]
                 within.append(max(speeds.values()) / speeds[best] - 1)
                 console.print(
                     f"{megabits} Mbit/s, {data}, {model}: {best} is recommended, the fastest is "

@@ -20,6 +20,7 @@ FAST = {
     "overhead_s": 1e-6,
     "message_s": 2e-5,
     "byte_s": 1e-10,
+    "far_byte_s": 3e-10,
     "measured": {
         "matmul": {"float32": 1e11, "bfloat16": 2e11},
         "attention": {"float32": 5e10, "bfloat16": 9e10},
@@ -87,9 +88,10 @@ def probed(real: Cluster, slow_rank: int | None = None) -> list[Row]:
     rows += _computed(Compute("copy", 0.0, bytes=1e9), real, None)
     rows += _computed(Compute("nothing", 0.0), real, None)
     device = real.device(0)
-    for messages, size in ((400, 1 << 10), (48, 1 << 18)):
-        took = messages * (device.message_s + size * device.byte_s)
-        about = {"messages": messages, "bytes": messages * size}
+    sizes = [(False, 400, 1 << 10), (False, 48, 1 << 18), (True, 20, 1 << 10), (True, 8, 1 << 17)]
+    for far, messages, size in sizes:
+        took = messages * (device.message_s + size * (device.byte_s + far * device.far_byte_s))
+        about = {"messages": messages, "bytes": messages * size, "far": far}
         about |= {"seconds": [took] * 2 + [9.0]}
         rows += [Note("handled", {"rank": rank} | about) for rank in range(real.ranks)]
     return rows
@@ -140,6 +142,7 @@ def test_a_cluster_is_found_again(real: Cluster, tmp_path: Path) -> None:
     assert device.rate("matmul", "float32") == pytest.approx(1e11, rel=0.01)
     assert device.bytes_per_s == pytest.approx(1e10, rel=0.01)
     assert device.message_s == pytest.approx(2e-5) and device.byte_s == pytest.approx(1e-10)
+    assert device.far_byte_s == pytest.approx(3e-10)
     assert all(max(errors) < 0.05 for errors in fit.errors.values())
     even = all(n.network and n.network.in_bytes_per_s is None for n in real.nodes)
     assert bool(fit.remarks) != even

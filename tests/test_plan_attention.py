@@ -305,7 +305,7 @@ def test_rings_go_in_parts_where_that_pays() -> None:
     kernels = AttentionKernels(8, 8, 64)
 
     def parts(message_s: float) -> set[int]:
-        where = cluster(1e9, 1e8, device=DEVICE.model_copy(update={"message_s": message_s}))
+        where = cluster(1e11, 2e9, device=DEVICE.model_copy(update={"message_s": message_s}))
         plan = plan_attention(where, kernels, (0, 8192))
         return {choice.parts for choice in plan if choice.name in ("flat ring", "double ring")}
 

@@ -13,6 +13,7 @@ is what it took among such ranks, less the ping to the farthest of them.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -291,8 +292,16 @@ def _taken(handled: Sequence[dict[str, Any]], links: _Links) -> dict[str, float]
 
     A byte takes no longer than it did where all went into sending.
     """
-    if not handled:
+    near, far = ([one for one in handled if one.get("far", False) is way] for way in (False, True))
+    if not near:
         return {}
+    message_s, byte_s = _line(near, 1 / links.handled)
+    found = {"message_s": message_s, "byte_s": byte_s}
+    return found | ({"far_byte_s": max(0.0, _line(far)[1] - byte_s)} if far else {})
+
+
+def _line(handled: Sequence[dict[str, Any]], most: float = inf) -> tuple[float, float]:
+    """Seconds of a message, and of each byte, ``most`` at the most."""
     by_size: dict[float, list[float]] = defaultdict(list)
     for one in handled:
         size = one["bytes"] / one["messages"]
@@ -300,9 +309,8 @@ def _taken(handled: Sequence[dict[str, Any]], links: _Links) -> dict[str, float]
     (few_bytes, small), (many_bytes, large) = sorted(
         (size, median(took)) for size, took in by_size.items()
     )
-    byte_s = max(0.0, (large - small) / (many_bytes - few_bytes))
-    byte_s = min(byte_s, 1 / links.handled)
-    return {"message_s": max(0.0, small - byte_s * few_bytes), "byte_s": byte_s}
+    byte_s = min(max(0.0, (large - small) / (many_bytes - few_bytes)), most)
+    return max(0.0, small - byte_s * few_bytes), byte_s
 
 
 def _slow_devices(place: dict[str, Any], notes: Sequence[Note]) -> Iterable[str]:

@@ -96,6 +96,7 @@ def _quicker(device: Device, factor: float) -> Device:
             "overhead_s": device.overhead_s / factor,
             "message_s": device.message_s / factor,
             "byte_s": device.byte_s / factor,
+            "far_byte_s": device.far_byte_s / factor,
             "wait_s": device.wait_s / factor,
         }
     )

@@ -151,8 +151,10 @@ def _with_computing(
 ) -> _Load:
     """With what ranks compute for what they send and receive, each amount in so many messages."""
     busy = np.zeros(cluster.ranks)
+    far = cluster.fabric.node[source] != cluster.fabric.node[target]
     for ends in (source, target):
-        took = cluster.message_s[ends] * often + cluster.byte_s[ends] * amount
+        a_byte = cluster.byte_s[ends] + far * cluster.far_byte_s[ends]
+        took = cluster.message_s[ends] * often + a_byte * amount
         np.add.at(busy, ends, np.where(amount > 0, took, 0.0))
     ranks = np.flatnonzero(busy)
     pipes, load = wires

@@ -64,7 +64,8 @@ class _Matcher:
     def rank(self, rank: int, schedule: Schedule) -> list[float | Transfer]:
         """The work of one rank's schedule."""
         computes = self.computes.setdefault(self.cluster.kinds[rank], {})
-        busy = self.cluster.byte_s[rank] + self.cluster.message_s[rank] > 0
+        where = self.cluster
+        busy = where.message_s[rank] + where.byte_s[rank] + where.far_byte_s[rank] > 0
         asks: dict[int, Demand] = {}
         counts: dict[_Channel, int] = {}
         work: list[float | Transfer] = []

@@ -54,8 +54,9 @@ class Device(_Part):
     64, and those of "attention 16" of heads of 16: seconds a pair lie on a line through the two.
     ``bytes_per_s`` is its memory's rate, ``overhead_s`` what every kernel costs before it starts.
     What takes from its computing because it sends or receives: ``message_s`` for each message,
-    ``byte_s`` for each byte; 0 where an engine of its own does that. ``wait_s``: how much longer a
-    message is on its way where ranks compute, as its peer isn't there at once.
+    ``byte_s`` for each byte and ``far_byte_s`` more for one between nodes; 0 where an engine of its
+    own does that. ``wait_s``: how much longer a message is on its way where ranks compute, as its
+    peer isn't there at once.
     """
 
     memory_bytes: ByteSize = Field(gt=0)
@@ -65,6 +66,7 @@ class Device(_Part):
     overhead_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     message_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     byte_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    far_byte_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     wait_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     source: str = ""
 
@@ -214,9 +216,14 @@ class Cluster(_Part):
         return np.array([self.devices[kind].byte_s for kind in self.kinds])
 
     @cached_property
+    def far_byte_s(self) -> Floats:
+        """Of every rank, how much longer it computes for a byte to or from another node."""
+        return np.array([self.devices[kind].far_byte_s for kind in self.kinds])
+
+    @cached_property
     def handles(self) -> bool:
         """Whether any rank computes for what it sends and receives."""
-        return bool(self.message_s.any() or self.byte_s.any())
+        return bool(self.message_s.any() or self.byte_s.any() or self.far_byte_s.any())
 
     @cached_property
     def capacity(self) -> Floats:

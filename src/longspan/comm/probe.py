@@ -7,7 +7,8 @@ place      of each rank: its node, site, kind of device and free memory
 ping       a byte one way between two ranks
 timing     ``ops`` at the same time, one duration a repeat
 compute    one rank's duration of an op, while all ranks do the same
-handled    seconds that one rank computes for ``messages`` that it sends or receives
+handled    seconds that one rank computes for ``messages`` that it sends or receives, ``far`` ones
+           between nodes
 wait       seconds of one rank's small message there and another back, while ranks compute
 =========  =======================================================================
 """
@@ -16,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import permutations
+from itertools import permutations, zip_longest
 from statistics import median
 
 import torch
@@ -32,7 +33,8 @@ __all__ = ["probe"]
 _TARGET_S = 0.12  # long enough that a scheduler's or a barrier's milliseconds don't count
 _FIRST_BYTES = 1 << 16
 _MOST_BYTES = 1 << 27
-_HANDLED = ((1 << 10, 100), (1 << 18, 50))  # sizes of messages, and how many
+# Sizes of messages, and how many; few between nodes, where links may be slow.
+_HANDLED, _FAR = ((1 << 10, 100), (1 << 18, 50)), ((1 << 10, 10), (1 << 17, 4))
 _ALL_PAIRS = 4  # among more nodes than this, only neighbours are timed
 _COLLECTIVES: tuple[CommKind, ...] = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 
@@ -134,7 +136,8 @@ def _computing(watch: Stopwatch) -> Iterator[Note]:
 def _handled(watch: Stopwatch, nodes: list[tuple[int, ...]]) -> Iterator[Note]:
     """What a processor has to do for messages, and how long they wait; a GPU sends by itself.
 
-    Inside nodes where all have several ranks: there, much can be sent in a moment.
+    Inside nodes where all have several ranks, since there much can be sent in a moment; then, less
+    of it, between nodes.
     """
     if watch.world == 1 or watch.device.type == "cuda":
         return
@@ -142,10 +145,14 @@ def _handled(watch: Stopwatch, nodes: list[tuple[int, ...]]) -> Iterator[Note]:
     ring = next(ranks for ranks in nodes if watch.rank in ranks)
     if min(map(len, nodes)) == 1:
         ring = tuple(range(watch.world))
-    for size, count in _HANDLED:
-        took = watch.handled(partial(torch.matmul, a, b), ring, size, count)
+    sizes = [(False, ring, *one) for one in _HANDLED]
+    if len(nodes) > 1 < min(map(len, nodes)):
+        across = tuple(r for ranks in zip_longest(*nodes) for r in ranks if r is not None)
+        sizes += [(True, across, *one) for one in _FAR]
+    for far, way, size, count in sizes:
+        took = watch.handled(partial(torch.matmul, a, b), way, size, count)
         for rank, row in enumerate(watch.everyone(*took)):
-            about = {"rank": rank, "messages": 2 * count, "bytes": 2 * count * size}
+            about = {"rank": rank, "messages": 2 * count, "bytes": 2 * count * size, "far": far}
             yield Note("handled", about | {"seconds": row})
     for rank, row in enumerate(watch.everyone(watch.waited(partial(torch.matmul, a, b), ring))):
         yield Note("wait", {"rank": rank, "seconds": row})

@@ -208,11 +208,18 @@ class Pricer:
             brought: dict[tuple[int, int, bool], set[Came]] = {}
             for number, turn in enumerate(rounds(ring, place, backward, travels)):
                 step, blocks = steps[number], (turn.blocks, ring.parts)
-                hops = [hop.bytes for hop in (*turn.payload, *turn.grads)]
+                hops = (*turn.payload, *turn.grads)
+                ends = [
+                    (hop.receiver if hop.sender == place else hop.sender) * way.width
+                    for hop in hops
+                ]
                 took = max(
                     self._compute(kernels, *blocks, backward, rank, turn.source == place)
-                    + self._handle(hops, rank)
-                    for rank in own
+                    + sum(
+                        self._handle(hop.bytes, rank, self.ranks[end + member])
+                        for hop, end in zip(hops, ends, strict=True)
+                    )
+                    for rank, member in zip(own, members, strict=True)
                 )
                 step.computed = max(step.computed, took)
                 for is_grad, sent in ((False, turn.payload), (True, turn.grads)):
@@ -273,10 +280,13 @@ class Pricer:
             if backward and outer > 1:
                 last_before = (number[outer - 1, part] + 1) * inner - 1
                 steps[(turn + 1) * inner - 1].needs.add(Came(last_before, True, True))
-        kinds = {self.cluster.kinds[rank]: rank for rank in self.ranks}
+        # A rank receives as much as it sends.
+        handled = {
+            which: max(2 * self._handle(one.bytes, one.source, one.target) for one in sends)
+            for which, sends in hops.items()
+        }
         for step in steps:
-            handled = 2 * [sends[0].bytes for sends in step.sends.values() if sends]
-            step.computed += max(self._handle(handled, rank) for rank in kinds.values())
+            step.computed += sum(handled[which] for which, sends in step.sends.items() if sends)
         return steps
 
     def _columns(self, rows: int, places: int) -> int:
@@ -314,10 +324,12 @@ class Pricer:
             total += self._computed[key]
         return total
 
-    def _handle(self, sizes: Sequence[int], rank: int) -> float:
-        """Seconds that messages of so many bytes, sent or received, take from computing."""
-        message_s, byte_s = self.cluster.message_s[rank], self.cluster.byte_s[rank]
-        return float(len(sizes) * message_s + sum(sizes) * byte_s)
+    def _handle(self, size: int, rank: int, other: int) -> float:
+        """Seconds that a message of ``size`` bytes, to or from ``other``, takes from computing."""
+        where = self.cluster
+        far = where.fabric.node[rank] != where.fabric.node[other]
+        a_byte = where.byte_s[rank] + far * where.far_byte_s[rank]
+        return float(where.message_s[rank] + size * a_byte)
 
     def _wire(self, sends: Sequence[Send]) -> tuple[float, float]:
         """Seconds of latency and of transfer of messages that set off together."""

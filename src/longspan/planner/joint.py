@@ -6,7 +6,7 @@ as fast as the fastest, "fast" the fastest. What is foretold are ranges: devices
 to be slower and faster than the cluster's file says, each by itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -15,9 +15,10 @@ from typing import Literal
 from longspan.cluster.spec import Cluster
 from longspan.errors import MemoryLimitError
 from longspan.plan import JointPlan, Proposal, Range, Setup
+from longspan.planner.forecast import Forecast
 from longspan.planner.setups import Question, Scene, apart, baseline, grouped, lighter, packed
 
-__all__ = ["is_measured", "plan_joint", "proposal"]
+__all__ = ["is_measured", "plan_joint", "proposal", "simplest"]
 
 # What was measured on the cluster itself may be off by so much either way. Datasheets promise what
 # is never reached: devices take up to 2.5 times as long, links up to 1.5 times.
@@ -26,7 +27,7 @@ _PROMISED_DEVICES, _PROMISED_LINKS = 2.5, 1.5
 _APART = 1.2  # benchmarks.flexible: step times of two setups were off by +3 % and -16 %
 _MEMORY = 1.13  # a process has more than its tensors, and its allocator keeps some of what it frees
 _WORTH = 1.05  # a gain below that is not worth another way of training
-_SIMPLER = 1.03  # what is faster by less isn't preferred to what is simpler
+_SIMPLER = 1.05  # what is faster by less isn't preferred to what is simpler
 _MANY = 1024  # documents of a batch that takes long to plan
 _SPARE = 0.7  # of a device's memory, at most, where it is to be safe
 
@@ -68,21 +69,16 @@ def plan_joint(question: Question) -> JointPlan:
         price(replace(one, mode="flexible") for one in smaller)
     ranked = sorted(priced, key=lambda setup: -priced[setup].tokens_per_s)
 
-    def simplest(setups: list[Setup]) -> Setup:
-        """The simplest of those that are about as fast as the fastest."""
-        least = max((priced[setup].tokens_per_s for setup in setups), default=0.0) / _SIMPLER
-        alike = [setup for setup in setups if priced[setup].tokens_per_s >= least]
-        return min(alike, key=_parts, default=plain)
-
     spare = _SPARE * question.device_bytes
-    usual = [one for one in ranked if one.mode == "fixed" and not one.sites]
-    safe = simplest([one for one in usual if priced[one].memory_bytes <= spare])
-    recommended = simplest(ranked)
+    usual = {one: priced[one] for one in ranked if one.mode == "fixed" and not one.sites}
+    roomy = {one: told for one, told in usual.items() if told.memory_bytes <= spare}
+    safe = simplest(roomy) if roomy else plain
+    recommended = simplest({setup: priced[setup] for setup in ranked})
     worth = priced[recommended].tokens_per_s >= _WORTH * priced[plain].tokens_per_s
     told: dict[Role, tuple[Setup, str]] = {
         "baseline": (plain, "packed, contiguous, on the fewest ranks that hold a sequence"),
         "safe": (safe, "nothing is planned while it trains, 30 % of the memory is spare"),
-        "recommended": (recommended, "the simplest of those that are within 3 % of the fastest"),
+        "recommended": (recommended, "the simplest of those that are within 5 % of the fastest"),
         "fast": (ranked[0], f"the fastest of {len(ranked)} that fit"),
     }
     if not worth:
@@ -102,6 +98,13 @@ def plan_joint(question: Question) -> JointPlan:
         proposals=tuple(proposals),
         alternatives=tuple((str(setup), priced[setup].tokens_per_s) for setup in ranked),
     )
+
+
+def simplest(told: Mapping[Setup, Forecast]) -> Setup:
+    """The simplest of those that are about as fast as the fastest; of equally simple ones that."""
+    least = max(one.tokens_per_s for one in told.values()) / _SIMPLER
+    alike = [setup for setup, one in told.items() if one.tokens_per_s >= least]
+    return min(alike, key=lambda setup: (*_parts(setup), -told[setup].tokens_per_s))
 
 
 def _scenes(cluster: Cluster) -> list[Scene]:

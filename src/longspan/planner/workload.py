@@ -264,6 +264,8 @@ class Workload:
         ring = ((1 + again) * hops * kv + back) * model.layers if size > 1 else 0.0
         rounds = (size - 1) * (2 + again) + 1
         latency = wires.latency(counts)
+        # Of the hops to and from a rank, those to another node.
+        far = 0 if len(counts) == 1 else 1 + int(counts.min() == 1)
         heads_busy, ring_busy = (
             max(device.message_s * messages + device.overhead_s * kernels for device in devices)
             for messages, kernels in self._handled(size)
@@ -279,7 +281,7 @@ class Workload:
             ring_fixed_s=(rounds * latency + ring_busy) * model.layers if size > 1 else np.inf,
             ring_pair_s=rates.pair_s / size,
             ring_token_s=ring / wires.hop_bytes_per_s(counts) if size > 1 else 0.0,
-            ring_busy_s=2 * ring * max(device.byte_s for device in devices),
+            ring_busy_s=ring * max(2 * d.byte_s + far * d.far_byte_s for d in devices),
             heads_sent=heads_sent,
             ring_sent=ring,
         )
