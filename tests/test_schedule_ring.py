@@ -188,6 +188,10 @@ def test_as_many_parts_as_pay() -> None:
     assert [parts(kv_heads, 2) for kv_heads in (1, 2, 3, 4, 5, 6, 8)] == [1, 2, 3, 4, 1, 3, 4]
     assert [parts(8, world) for world in (1, 2, 3, 4, 7, 8, 9)] == [1, 4, 2, 2, 2, 1, 1]
     assert parts(8, 4, node=2) == 4 and parts(8, 4, node=4) == 1
+    # As many as are asked for, if they are equal; but in one where nothing leaves a node.
+    flat = Ring(1 << 10, 2, Order.ZIGZAG, True, (0, 1 << 10), 6, 6)
+    assert [flat.in_parts(6, parts).parts for parts in (1, 3, 4, 9)] == [1, 3, 3, 6]
+    assert replace(flat, world=1).in_parts(6, 3).parts == 1
     # No message is smaller than 128 KiB.
     assert [parts(8, 2, token) for token in (128, 63, 64)] == [4, 1, 2]
     with pytest.raises(LayoutError, match="3 equal parts"):

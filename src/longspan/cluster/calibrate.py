@@ -6,8 +6,9 @@ taken off. A node's rate out is the best it reached towards any other node, and 
 less than that was the other end's. Inside a node, where copies and sums count too, it is the median
 rate of all its sends and collectives. What messages take from a device's computing is the time of
 its processors that they took: of small ones for each message, of large ones for each byte; a byte
-takes no longer than where all went into sending. How long a message waits for a rank that computes
-is what it took among such ranks, less the ping to the farthest of them.
+takes no longer than where all went into sending, but for what more it takes between nodes. How long
+a message waits for a rank that computes is what it took among such ranks, less the ping to the
+farthest of them.
 """
 
 from collections import defaultdict

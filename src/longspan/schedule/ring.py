@@ -114,8 +114,11 @@ class Ring:
         return paying_parts(_divisors(kv_heads), message, self.nodes)
 
     def in_parts(self, kv_heads: int, parts: int | None = None) -> "Ring":
-        """The same in so many parts of the KV heads, or fewer that are equal; None: the most."""
-        if parts is None:
+        """The same in so many parts of the KV heads, or fewer that are equal; None: the most.
+
+        In one where nothing goes between nodes: it would hide nothing.
+        """
+        if parts is None or self.nodes == 1:
             return replace(self, parts=self.cuts(kv_heads)[-1])
         return replace(self, parts=max(n for n in _divisors(kv_heads) if n <= parts))
 
