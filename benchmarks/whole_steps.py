@@ -129,8 +129,6 @@ def time_steps(folder: Path) -> dict[str, Any]:
             name: {"data": data, "model": model, "setup": name, "step_s": [], "tokens": []}
             for name in SETUPS
         }
-        if leader and data == "even":
-            keep_rates(folder, model)
         with StopWish() as wish, ExitStack() as open_:
             jobs = {}
             for name in SETUPS:
@@ -185,8 +183,9 @@ def count_memory(folder: Path) -> dict[str, Any]:
         if not first and SETUPS[name].mode == "fixed":
             continue
         config = config_of(folder, data, model, name, "memory")
-        if leader:
-            keep_rates(folder, model, config.run)
+        if leader and SETUPS[name].mode != "fixed":  # they were timed already
+            config.run.mkdir(parents=True)
+            shutil.copy(config_of(folder, data, model, name).run / "rates.json", config.run)
 
         def two_steps(config: Config = config) -> None:
             with StopWish() as wish, Recorder(config.run, leader, MEMORY_STEPS) as recorder:
@@ -201,15 +200,6 @@ def count_memory(folder: Path) -> dict[str, Any]:
         peaks[f"{data} {model} {name}"] = peak.item()
         gc.collect()
     return peaks
-
-
-def keep_rates(folder: Path, model: str, run: Path | None = None) -> None:
-    """Give a run the rates that were measured with the first data; a link has no say in them."""
-    of = config_of(folder, CASES[0][0], model, "flexible").run / "rates.json"
-    run = run or config_of(folder, "even", model, "flexible").run
-    run.mkdir(parents=True, exist_ok=True)
-    if of.is_file():
-        shutil.copy(of, run)
 
 
 def figures(run: Path, name: str) -> list[float]:
@@ -273,7 +263,7 @@ def in_lab(folder: Path, work: str, megabits: int | None) -> dict[str, Any]:
         spec = replace(spec, bandwidth=f"{megabits}mbit", device_share=0.45)
     with Lab(spec) as lab:
         command = [sys.executable, "-m", "benchmarks.whole_steps", work, str(folder), str(out)]
-        lab.run(command, timeout_s=500).check()
+        lab.run(command, timeout_s=600).check()
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
 

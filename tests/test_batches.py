@@ -14,7 +14,9 @@ from longspan.cluster.memory import Transformer
 from longspan.cluster.spec import Cluster, Device, cluster_from, uniform
 from longspan.errors import ConfigError, MemoryLimitError
 from longspan.plan import BatchPlan
+from longspan.planner.alone import Batch
 from longspan.planner.batches import plan_batch, plan_priced
+from longspan.planner.cuts import shortest
 from longspan.planner.prices import Price, Prices
 from longspan.planner.published import PUBLISHED, published_prices
 from longspan.planner.wires import Wires
@@ -245,10 +247,14 @@ def test_short_sequences_are_planned_where_messages_are_dear() -> None:
         kind: device.model_copy(update={"message_s": 0.05})
         for kind, device in where.devices.items()
     }
-    plan = plan_batch(
-        [50] * 24, cluster=where.model_copy(update={"devices": dear}), model=SMALL, sharding="none"
-    )
+    cluster = where.with_devices(dear)
+    plan = plan_batch([50] * 24, cluster=cluster, model=SMALL, sharding="none")
     assert {len(group.ranks) for micro in plan.micro_batches for group in micro.groups} == {1}
+    rates = {"device": Rates(0.03, 1e-4, 1e-9)}
+    prices = Workload(cluster, SMALL, rates=rates).prices("none", reduce_once=True)
+    tokens = np.full(24, 50)
+    cut = shortest(Batch(prices, tokens, prices.pairs_of(tokens)))
+    assert len(cut.limits_s) == 1  # more than one would be more micro-batches' costs
 
 
 def test_same_arguments_same_plan() -> None:

@@ -76,7 +76,9 @@ class Batch:
         """Rank-seconds of all sequences alone in the smallest group, beside what that takes."""
         least = np.full(len(self.tokens), np.inf)
         for pool, times in zip(self.prices.pools, self.smallest_s, strict=True):
-            own = np.maximum(times - pool.anyway_s[0], 0.0)
+            first = Pool(pool.nodes, pool.weight, pool.prices[:1])
+            own = np.minimum(*first.added_s(self.tokens, self.pairs))[:, 0]
+            own = np.where(np.isfinite(times), own, np.inf)
             least = np.minimum(least, own * pool.prices[0].ranks * pool.weight)
         return least
 
@@ -85,9 +87,9 @@ class Batch:
         """The fewest rank-seconds each sequence takes, beside what a group takes anyway."""
         least = self.smallest_areas.copy()
         for pool, times in zip(self.prices.pools, self.times, strict=True):
-            own = np.maximum(times - pool.anyway_s, 0.0) * pool.columns.ranks * pool.weight
-            own = own.min(axis=1)
-            least[: self.long] = np.minimum(least[: self.long], own)
+            own = np.minimum(*pool.added_s(self.tokens[: self.long], self.pairs[: self.long]))
+            own = np.where(np.isfinite(times), own, np.inf) * pool.columns.ranks * pool.weight
+            least[: self.long] = np.minimum(least[: self.long], own.min(axis=1))
         return least
 
     @cached_property

@@ -62,18 +62,12 @@ def _ways(batch: Batch, pool: Pool) -> Iterator[tuple[Floats, Floats]]:
     """
     c = pool.columns
     tokens = batch.tokens[:LONGEST, None].astype(np.float64)
-    pairs = batch.pairs[:LONGEST, None]
     ranks = c.ranks * pool.weight
-    fits = tokens <= c.most_tokens
-    heads = c.token_s * tokens + c.heads_pair_s * pairs + c.heads_token_s * tokens
-    ends = np.where(fits, c.fixed_s + c.heads_fixed_s + heads, np.inf)
-    yield ends, np.where(fits, heads * ranks, np.inf)
-    if np.isfinite(c.ring_fixed_s).any():
-        busy = c.ring_pair_s * pairs + c.ring_busy_s * tokens
-        alone = np.maximum(busy, c.ring_token_s * tokens)
-        ends = np.where(fits, c.fixed_s + c.ring_fixed_s + c.token_s * tokens + alone, np.inf)
-        ring = np.where(np.isfinite(ends), c.token_s * tokens + busy, np.inf)
-        yield ends, ring * ranks
+    heads, ring = pool.added_s(batch.tokens[:LONGEST], batch.pairs[:LONGEST])
+    yield c.fixed_s + c.heads_fixed_s + heads, heads * ranks
+    if np.isfinite(ring).any():
+        sends = np.maximum(ring, (c.token_s + c.ring_token_s) * tokens)
+        yield c.fixed_s + c.ring_fixed_s + sends, ring * ranks
 
 
 def _others(batch: Batch) -> float:

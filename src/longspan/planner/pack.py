@@ -57,7 +57,7 @@ def even_shelf(batch: Batch, items: Ints, limit_s: float) -> Shelf | None:
     return _even(batch, items, batch.smallest(items, limit_s), limit_s, batch.only or 1)
 
 
-def best_shelf(batch: Batch, items: Sequence[int], hint_s: float = 0.0) -> Shelf | None:
+def best_shelf(batch: Batch, items: Sequence[int] | Ints, hint_s: float = 0.0) -> Shelf | None:
     """The best even shelf found for these sequences; None if they don't fit the memory.
 
     ``hint_s``: a time limit to try as well.

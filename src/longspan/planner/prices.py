@@ -85,13 +85,20 @@ class Pool:
         arrays: list[Any] = [np.array(column) for column in zip(*self.prices, strict=True)]
         return Price(*arrays)
 
-    @cached_property
-    def anyway_s(self) -> Floats:
-        """By size, the most that a group takes before its first token: latencies, too."""
+    def added_s(self, tokens: Ints, pairs: Floats) -> tuple[Floats, Floats]:
+        """The least that each sequence adds to a group by head exchange, and by ring, by size.
+
+        Both have the shape (sequences, sizes). A ring hides what it sends behind what it computes,
+        if need be for other sequences, so that only the latter counts. Infinite where a sequence
+        doesn't fit the memory, and where there is no ring.
+        """
         c = self.columns
-        ring = np.where(np.isfinite(c.ring_fixed_s), c.ring_fixed_s, 0.0)
-        found: Floats = c.fixed_s + np.maximum(c.heads_fixed_s, ring)
-        return found
+        held, seen = tokens[:, None].astype(np.float64), pairs[:, None]
+        heads = (c.token_s + c.heads_token_s) * held + c.heads_pair_s * seen
+        ring = (c.token_s + c.ring_busy_s) * held + c.ring_pair_s * seen
+        fits = held <= c.most_tokens
+        rings = fits & np.isfinite(c.ring_fixed_s)
+        return np.where(fits, heads, np.inf), np.where(rings, ring, np.inf)
 
     def seconds(self, tokens: Ints, pairs: Floats, share: Any = 1) -> Floats:
         """Seconds that each of these sequences takes alone by size: (sequences, sizes).

@@ -54,6 +54,8 @@ def search(batch: Batch, under_s: float = np.inf) -> list[Shelf]:
     few = len(batch.tokens) <= _FEW
     tries = _Tries(batch, cut, np.inf if few else under_s)
     ways = [_Way(scale, True) for scale in _SNAPPED] + [_Way(scale, False) for scale in _PLAIN]
+    if batch.small:
+        tries.together()
     for way in ways:
         tries.pack(way)
     if batch.only is not None:
@@ -113,6 +115,14 @@ class _Tries:
             rest = left
         if took < self.least:
             self.best, self.least, self.way = shelves, took, way
+
+    def together(self) -> None:
+        """All in one micro-batch, if it has the memory: no cut may look as good and be better."""
+        every = np.arange(len(self.batch.tokens))
+        if self.batch.least_count(every) > 1 or not (shelf := best_shelf(self.batch, every)):
+            return
+        if (took := float(self.batch.prices.whole_s(shelf.seconds))) < self.least:
+            self.best, self.least = [shelf], took
 
     def _even(self, rest: Ints, floor: float) -> Shelf | None:
         key = rest.tobytes()
