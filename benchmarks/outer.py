@@ -37,8 +37,8 @@ OVERLAP_EVERY, OVERLAP_DELAY = 48, 4
 SHARE = 0.45
 UNEQUAL: dict[str, Any] = {
     "share": (0.6, 0.3),
-    "steps": (4 / 3, 2 / 3),
-    "sync_every": (18, 9),
+    "steps": (34 / 25, 16 / 25),  # as sync_every: half a core is a little less than half the speed
+    "sync_every": (17, 8),
     "delay": (2, 1),
 }
 # Both DiLoCos: in trials of few rounds momentum lost.
