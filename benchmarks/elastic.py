@@ -6,7 +6,7 @@ start; at step 60 site 1 is killed with `kill -9`; once it is dropped, the link 
 20 s; meanwhile site 3 starts and joins. Looked at are the last validation losses, the longest wait
 of any site in a step, and whether the survivors' global parameters are the same bits.
 
-    python -m benchmarks.elastic [--steps 800]
+    python -m benchmarks.elastic [--steps 2400]
 """
 
 import argparse
@@ -115,7 +115,7 @@ def await_row(
     site: int, folder: Path, wanted: Callable[[dict[str, Any]], bool], after: int = 0
 ) -> int:
     """The place of a site's first note or sample, from ``after`` on, that is as wanted."""
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 1500
     while time.monotonic() < deadline:
         for place, row in enumerate(trace(site, folder)[after:], after):
             if wanted(row.get("about", row)):
@@ -182,7 +182,7 @@ def run(steps: int, disturbed: bool, folder: Path) -> list[int]:
 def main() -> None:
     """Both runs, side by side."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=2400)
     steps = parser.parse_args().steps
     console, began = Console(record=True, width=100), time.perf_counter()
     table = Table("run", "site", "loss", "longest wait (s)", "merges", box=None)

@@ -99,7 +99,8 @@ def overlapped(
     times = {step: rows[step - 1]["train_s"] for step in settled}
     quiet = median(seconds for step, seconds in times.items() if step not in busy)
     during = median(seconds for step, seconds in times.items() if step in busy)
-    measured = quiet * len(settled) / sum(rows[step - 1]["step_s"] for step in settled)
+    # Not the median step over the mean one: the machine's own speed changes by more than this.
+    measured = sum(times.values()) / sum(rows[step - 1]["step_s"] for step in settled)
     job = OuterJob(
         parameters, LAYERS, quiet, OVERLAP_EVERY, OVERLAP_DELAY, bits=4.125, fragment_layers=1
     )

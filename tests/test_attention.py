@@ -233,7 +233,7 @@ def promised_bytes(
     sizes = {"node_ranks": width} if mesh.ndim == 2 else {}
     split = [(q, k)]
     if case.inside == "heads":
-        shares = shares_of(q, k, k, width, world // width, case.keys[-1], case.parts)
+        shares = shares_of(q, k, k, width, world // width, case.keys, case.parts)
         place, inner = divmod(rank, width)
         ranks = range(place * width, rank - inner + width)
         token = case.batch * q.shape[3] * case.dtype.itemsize

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from longspan.attention.heads import Dealt, HeadExchange
 from longspan.layout import Order
 from longspan.schedule.heads import GPU_ROWS, HeadShares, gathered
+from longspan.schedule.ring import usual_document
 
 __all__ = ["exchange_heads", "shares_of"]
 
@@ -41,7 +42,7 @@ def exchange_heads(
     inner = mesh.get_group(mesh.ndim - 1)
     here, width, places = inner.rank(), inner.size(), mesh.size() // inner.size()
     place = mesh.get_local_rank(0) if mesh.ndim == 2 else 0
-    shares = shares_of(q, k, v, width, places, kv_documents[-1], parts)
+    shares = shares_of(q, k, v, width, places, kv_documents, parts)
     ranks = range(place * width, (place + 1) * width)
     q_dealt, kv_dealt = (
         Dealt(
@@ -72,9 +73,9 @@ def exchange_heads(
 
 
 def shares_of(
-    q: Tensor, k: Tensor, v: Tensor, width: int, places: int, length: int, parts: int | None
+    q: Tensor, k: Tensor, v: Tensor, width: int, places: int, ends: Sequence[int], parts: int | None
 ) -> HeadShares:
-    """Who gets which heads when; ``length``: keys of the whole sequence."""
+    """Who gets which heads when; ``ends``: the keys' documents."""
     shares = HeadShares(q.shape[1], k.shape[1], width)
     if places > 1:  # a ring outside has parts of its own, which overlap one another
         parts = 1
@@ -82,7 +83,7 @@ def shares_of(
         batch, size = q.shape[0], q.shape[0] * q.element_size()
         weights = size * q.shape[3], size * (k.shape[3] + v.shape[3])
         rows = -(-GPU_ROWS // max(1, batch)) if q.is_cuda else 1
-        parts = shares.cuts(length // width, *weights, rows)[-1]
+        parts = shares.cuts(usual_document(ends) // width, *weights, rows)[-1]
     return replace(shares, parts=parts)
 
 

@@ -64,7 +64,7 @@ class HeadShares:
         return self.kv_of_q(rank, part) == [head // group for head in range(len(own))]
 
     def cuts(self, tokens: int, q_bytes: int, kv_bytes: int, rows: int = 1) -> list[int]:
-        """Numbers of parts that may pay, ascending, where a rank holds so many tokens.
+        """Numbers of parts that may pay, ascending; a rank holds so many tokens of a document.
 
         What a token of one head weighs: ``q_bytes`` its query, ``kv_bytes`` its key and value.
         Parts are of whole KV heads, or each of an equal part of one; of ``rows`` queries at least,
