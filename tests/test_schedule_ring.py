@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from longspan.errors import LayoutError
 from longspan.layout import Order, positions
 from longspan.schedule.ops import Comm
-from longspan.schedule.ring import Ring
+from longspan.schedule.ring import Ring, imbalance
 from longspan.schedule.rounds import Round, Travels, cheapest, comms, rounds, travelling
 
 rings = st.builds(
@@ -192,10 +192,25 @@ def test_as_many_parts_as_pay() -> None:
     flat = Ring(1 << 10, 2, Order.ZIGZAG, True, (0, 1 << 10), 6, 6)
     assert [flat.in_parts(6, parts).parts for parts in (1, 3, 4, 9)] == [1, 3, 3, 6]
     assert replace(flat, world=1).in_parts(6, 3).parts == 1
+    # What goes around in parts is worth kernels for every document in each.
+    packed = replace(flat, length=1 << 14, documents=(0, 1 << 14), kv_bytes=6 << 7)
+    assert packed.in_parts(6).parts == 3
+    assert replace(packed, documents=tuple(range(0, 1 + (1 << 14), 1 << 8))).in_parts(6).parts == 1
     # No message is smaller than 128 KiB.
     assert [parts(8, 2, token) for token in (128, 63, 64)] == [4, 1, 2]
     with pytest.raises(LayoutError, match="3 equal parts"):
         Ring(8, 2, Order.ZIGZAG, True, (0, 8), 4, 4, parts=3)
+
+
+def test_fewer_bytes_are_no_reason_for_uneven_work() -> None:
+    # The first rank has the start of the long document, the second its end and all others.
+    lengths = (2048, 188, 175, 171, 102, 78, 70, 51, 47, 40, 40)
+    ends = (0, *accumulate(lengths))
+    ring = Ring(ends[-1], 2, Order.BALANCED, True, ends, 32, 32, q_bytes=34, dq_bytes=16)
+    assert cheapest(replace(ring, order=Order.ZIGZAG, documents=(0, ends[-1]))) == "q"
+    assert cheapest(ring) == "kv"
+    work = [sum(b.pairs for turn in rounds(ring, r, True) for b in turn.blocks) for r in range(2)]
+    assert imbalance(work) <= 1.05
 
 
 @pytest.mark.parametrize("order", [Order.ZIGZAG, Order.STRIPED])

@@ -60,10 +60,10 @@ def attend(
     A mesh has one axis, or two: between nodes and inside them. ``inside`` says what the ranks of
     the last axis do: turn a ring (with two axes the double ring), or exchange tokens for heads
     (Ulysses; with two axes the ring is of nodes only). ``travels``: what a ring's backward hands
-    around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes. ``grads_in``: the dtype that
-    gradients travel in. They are added up in "float32" (float64 for float64) and travel so, too;
-    in "compute", q's own, they are fewer bytes but are rounded at each of up to P-1 hops. A head
-    exchange's are always in q's. ``parts``: in how many parts of the heads a ring's payload or,
+    around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes, unless ranks' work is much
+    less even. ``grads_in``: the dtype that gradients travel in. They are added up in "float32"
+    (float64 for float64) and travel so, too; in "compute", q's own, they are fewer bytes but are
+    rounded at each of up to P-1 hops. A head exchange's are always in q's. ``parts``: in how many parts of the heads a ring's payload or,
     where there is no ring, an exchange crosses, one while another is attended; by default as many
     as leave large messages. ``kept`` remembers a part of the result for when the same call is made
     again to recompute activations.

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +12,15 @@ from longspan.schedule.ring import Ring
 from longspan.schedule.rounds import Travels, travelling
 
 __all__ = ["Flat", "Sums"]
+
+
+class _Laid(NamedTuple):
+    """A rank's buffer: where what travels lies in its tensors and in the buffer, and by tensor."""
+
+    spans: list[tuple[slice, slice]]
+    shapes: list[torch.Size]
+    types: list[torch.dtype]
+    sizes: list[int]
 
 
 @dataclass(frozen=True)
@@ -25,43 +36,45 @@ class Flat:
     own: tuple[Tensor, ...]
     dtype: torch.dtype | None = None
 
-    def _shape(self, x: Tensor, source: int) -> torch.Size:
-        spans = travelling(self.ring, source, self.travels)
-        return torch.Size((*x.shape[:2], sum(b - a for a, b in spans), *x.shape[3:]))
+    @cached_property
+    def _known(self) -> dict[int, _Laid]:
+        """How a rank's buffer is laid out, of those that were asked for already."""
+        return {}
 
-    def _sizes(self, source: int) -> list[int]:
-        return [self._shape(x, source).numel() * (self.dtype or x.dtype).itemsize for x in self.own]
+    def _laid(self, source: int) -> _Laid:
+        if source not in self._known:
+            spans, before = [], 0
+            for start, stop in travelling(self.ring, source, self.travels):
+                spans.append((slice(start, stop), slice(before, before := before + stop - start)))
+            shapes = [torch.Size((*x.shape[:2], before, *x.shape[3:])) for x in self.own]
+            types = [self.dtype or x.dtype for x in self.own]
+            sizes = [s.numel() * t.itemsize for s, t in zip(shapes, types, strict=True)]
+            self._known[source] = _Laid(spans, shapes, types, sizes)
+        return self._known[source]
 
     def empty(self, source: int) -> Tensor:
         """A buffer for the tensors of a rank."""
-        size = sum(self._sizes(source))
-        return self.own[0].new_empty(size, dtype=torch.uint8)
+        return self.own[0].new_empty(sum(self._laid(source).sizes), dtype=torch.uint8)
 
     def filled(self, rank: int) -> Tensor:
         """A buffer with what travels of this rank's tensors."""
         flat = self.empty(rank)
         for part, x in zip(self.views(flat, rank), self.own, strict=True):
-            for here, there in self._spans(rank):
+            for here, there in self._laid(rank).spans:
                 part[:, :, there] = x[:, :, here]
         return flat
 
     def add(self, flat: Tensor, rank: int) -> None:
         """Add what a buffer holds to this rank's tensors."""
         for part, x in zip(self.views(flat, rank), self.own, strict=True):
-            for here, there in self._spans(rank):
+            for here, there in self._laid(rank).spans:
                 x[:, :, here] += part[:, :, there]
-
-    def _spans(self, rank: int) -> Iterator[tuple[slice, slice]]:
-        """Where what travels lies in a rank's tensors, and in a buffer's."""
-        before = 0
-        for start, stop in travelling(self.ring, rank, self.travels):
-            yield slice(start, stop), slice(before, before := before + stop - start)
 
     def views(self, flat: Tensor, source: int) -> list[Tensor]:
         """The tensors in a rank's buffer."""
-        shapes = [self._shape(x, source) for x in self.own]
-        parts = zip(flat.split(self._sizes(source)), shapes, self.own, strict=True)
-        return [part.view(self.dtype or x.dtype).view(shape) for part, shape, x in parts]
+        laid = self._laid(source)
+        parts = zip(flat.split(laid.sizes), laid.types, laid.shapes, strict=True)
+        return [part.view(dtype).view(shape) for part, dtype, shape in parts]
 
 
 class Sums:

@@ -41,9 +41,11 @@ def _play(
     payloads: Sequence[Flat],
     gradients: Sequence[Sums],
     compute: Callable[[int, Block, Sequence[Tensor], Sequence[Tensor]], None],
+    opened: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda held: held,
 ) -> None:
     """Go through the rounds; ``compute(part, block, held, sums)`` adds to ``sums`` in backward.
 
+    ``opened`` makes ``held`` of what travels, once a round.
     ``payloads`` and ``gradients``, none in forward: of each part of the heads. The gradients of
     this rank's own payload, over all ranks, are added to ``gradients``' own.
     """
@@ -80,7 +82,8 @@ def _play(
         if turn.blocks and away:
             views = payload.views(held[key], source)
             totals = gradients[part].own.views(sums[key], source) if gradients else ()
-        if views[0].numel():  # a rank may have no heads
+        if turn.blocks and views[0].numel():  # a rank may have no heads
+            views = opened(views)
             for block in turn.blocks:
                 compute(part, block, views, totals)
         if grad_mail:
@@ -201,14 +204,17 @@ class RingAttention(torch.autograd.Function):
                 part: int, block: Block, held: Sequence[Tensor], sums: Sequence[Tensor]
             ) -> None:
                 rows, _ = _cuts(block)
-                lse, delta, q, dout, dq = (x[:, :, rows] for x in (*held, *sums))
-                query = [dout, q, _stand_in(dout, delta, dout.dtype), lse]
+                *query, dq = (x[:, :, rows] for x in (*held, *sums))
                 k, v, *dkv = keys[part]
                 add(block, query, [k, v], [dq, *dkv])
 
+            def opened(held: Sequence[Tensor]) -> Sequence[Tensor]:
+                lse, delta, q, dout = held
+                return dout, q, _stand_in(dout, delta, dout.dtype), lse
+
             sums = [Sums(Flat(ring, "q", own), ctx.wire) for own in _by_part(ring, dq)]
             payloads = [Flat(ring, "q", own) for own in _by_part(ring, lse, delta, q, dout)]
-            _play(turns, group, payloads, sums, compute_q)
+            _play(turns, group, payloads, sums, compute_q, opened)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, *[None] * 6
 
 

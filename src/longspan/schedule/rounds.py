@@ -22,11 +22,13 @@ from itertools import product, zip_longest
 from typing import Literal
 
 from longspan.schedule.ops import Comm
-from longspan.schedule.ring import Block, Ring, blocks
+from longspan.schedule.ring import Block, Ring, blocks, pairs
 
 __all__ = ["Round", "Transfer", "Travels", "cheapest", "comms", "rounds", "travelling", "turns"]
 
 Travels = Literal["kv", "q"]
+
+_AS_EVEN = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +226,23 @@ def rounds(
 
 @lru_cache(maxsize=128)
 def cheapest(ring: Ring) -> Travels:
-    """Which side backward hands around for fewer bytes in all; keys and values if it's the same."""
+    """Which side backward hands around for fewer bytes in all; keys and values if it's the same.
+
+    Not one whose busiest rank computes much more: parts of packed documents that are even for
+    queries that stay at home needn't be for those that travel.
+    """
     ways: tuple[Travels, Travels] = ("kv", "q")
-    return min(ways, key=lambda travels: _sent(ring, travels))
+    work = {travels: _most_pairs(ring, travels) for travels in ways}
+    even = [travels for travels in ways if work[travels] <= min(work.values()) * _AS_EVEN]
+    return min(even, key=lambda travels: _sent(ring, travels))
+
+
+def _most_pairs(ring: Ring, travels: Travels) -> int:
+    """The busiest rank's query-key pairs in backward."""
+    every = range(ring.world)
+    if travels == "kv":
+        return max(pairs(ring, rank) for rank in every)
+    return max(sum(b.pairs for other in every for b in blocks(ring, other, rank)) for rank in every)
 
 
 def _sent(ring: Ring, travels: Travels) -> int:
