@@ -63,10 +63,10 @@ def attend(
     around, "kv" or "q" (BurstAttention); "auto": what is fewer bytes, unless ranks' work is much
     less even. ``grads_in``: the dtype that gradients travel in. They are added up in "float32"
     (float64 for float64) and travel so, too; in "compute", q's own, they are fewer bytes but are
-    rounded at each of up to P-1 hops. A head exchange's are always in q's. ``parts``: in how many parts of the heads a ring's payload or,
-    where there is no ring, an exchange crosses, one while another is attended; by default as many
-    as leave large messages. ``kept`` remembers a part of the result for when the same call is made
-    again to recompute activations.
+    rounded at each of up to P-1 hops. A head exchange's are always in q's. ``parts``: in how many
+    parts of the heads a ring's payload or, where there is no ring, an exchange crosses, one while
+    another is attended; by default as many as leave large messages. ``kept`` remembers a part of
+    the result for when the same call is made again to recompute activations.
 
     Raises LayoutError for tensors, mesh, order, window and documents that don't fit together, and
     for an unknown way.
