@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from longspan.attention.heads import Dealt, HeadExchange
 from longspan.layout import Order
 from longspan.schedule.heads import GPU_ROWS, HeadShares, gathered
-from longspan.schedule.ring import usual_document
+from longspan.schedule.ring import mean_document
 
 __all__ = ["exchange_heads", "shares_of"]
 
@@ -83,7 +83,7 @@ def shares_of(
         batch, size = q.shape[0], q.shape[0] * q.element_size()
         weights = size * q.shape[3], size * (k.shape[3] + v.shape[3])
         rows = -(-GPU_ROWS // max(1, batch)) if q.is_cuda else 1
-        parts = shares.cuts(usual_document(ends) // width, *weights, rows)[-1]
+        parts = shares.cuts(mean_document(ends) // width, *weights, rows)[-1]
     return replace(shares, parts=parts)
 
 

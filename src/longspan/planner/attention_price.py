@@ -20,7 +20,7 @@ from longspan.cluster.spec import Cluster
 from longspan.layout import Order, local_length
 from longspan.schedule.heads import GPU_ROWS, HeadShares, trips
 from longspan.schedule.ops import Compute
-from longspan.schedule.ring import Block, Ring, usual_document
+from longspan.schedule.ring import Block, Ring, mean_document
 from longspan.schedule.ring_tasks import CPU_TILE, AttentionKernels
 from longspan.schedule.rounds import Round, Travels, cheapest, rounds, turns
 
@@ -130,7 +130,7 @@ class Pricer:
         shares = HeadShares(self.kernels.heads, self.kernels.kv_heads, way.width)
         cpu = any(self.cluster.kinds[rank].startswith("cpu") for rank in self.ranks)
         rows = 1 if cpu else GPU_ROWS
-        return shares.cuts(usual_document(self.documents) // way.width, *self._head_bytes, rows)
+        return shares.cuts(mean_document(self.documents) // way.width, *self._head_bytes, rows)
 
     @property
     def _head_bytes(self) -> tuple[int, int]:

@@ -19,10 +19,10 @@ __all__ = [
     "Ring",
     "blocks",
     "imbalance",
+    "mean_document",
     "pairs",
     "paying_parts",
     "tokens",
-    "usual_document",
 ]
 
 _TURNS = 8  # with so many turns, little is left that the first and the last can't hide
@@ -115,12 +115,12 @@ class Ring:
         One part's messages go between nodes while another is computed; so does what a turn of the
         outer ring can't hide by itself: the first one's keys, the last one's gradients. Many nodes
         make many turns anyway, and small messages wait for latency only. Each part has its own
-        kernels for every document, so that it's the usual document's share that mustn't be small.
+        kernels for every document, so that it's the mean document's share that mustn't be small.
         """
         if self.nodes == 1:
             return [1]
         ends = self.documents if self.kv_documents is None else self.kv_documents
-        message = usual_document(ends) // self.world * self.kv_bytes
+        message = mean_document(ends) // self.world * self.kv_bytes
         return paying_parts(_divisors(kv_heads), message, self.nodes)
 
     def in_parts(self, kv_heads: int, parts: int | None = None) -> "Ring":
@@ -137,7 +137,7 @@ def _divisors(kv_heads: int) -> list[int]:
     return [n for n in range(1, kv_heads + 1) if kv_heads % n == 0] or [1]
 
 
-def usual_document(ends: Sequence[int]) -> int:
+def mean_document(ends: Sequence[int]) -> int:
     """Mean tokens of documents: ``ends`` are where they start, and the end of the last."""
     return ends[-1] // max(1, len(ends) - 1)
 
