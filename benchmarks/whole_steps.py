@@ -8,8 +8,9 @@ rates as ``train`` measures them before its first step; from the latter a way is
 ``longspan plan`` does it, the simplest of those about as fast as the fastest.
 
 Memory is the most that torch's allocator has handed out on a rank, from before its model is built
-to the end of the second step: counted, not sampled, as ``torch.cuda.max_memory_allocated`` is on
-GPUs. What a process has beside its tensors (libraries, sockets' buffers) isn't in it.
+to the end of the fifth step (in the first one there is no optimizer's state yet): counted, not
+sampled, as ``torch.cuda.max_memory_allocated`` is on GPUs. What a process has beside its tensors
+(libraries, sockets' buffers) isn't in it.
 """
 
 import json
@@ -43,7 +44,7 @@ BANDWIDTHS = (50, 200, 1000)
 MODELS = {"wide": (128, 2), "deep": (64, 5)}
 CASES = tuple(product(("uneven", "even"), MODELS))
 LONGEST, BATCH_TOKENS = 2048, 8192
-FIRST, STEPS, MEMORY_STEPS = 1, 6, 2
+FIRST, STEPS, MEMORY_STEPS = 1, 6, 5
 SETUPS = {
     "4 contiguous ring": Setup("fixed", 4, "contiguous", "ring", "world", "none"),
     "4 balanced ring": Setup("fixed", 4, "balanced", "ring", "node", "none"),
@@ -158,7 +159,7 @@ def time_steps(folder: Path) -> dict[str, Any]:
 
 
 def count_memory(folder: Path) -> dict[str, Any]:
-    """On every rank: the peak of two steps of each case in each way, the fullest rank's.
+    """On every rank: the peak of some steps of each case in each way, the fullest rank's.
 
     That of fixed ways only in the first lab: it doesn't depend on links.
     """
@@ -187,7 +188,7 @@ def count_memory(folder: Path) -> dict[str, Any]:
             config.run.mkdir(parents=True)
             shutil.copy(config_of(folder, data, model, name).run / "rates.json", config.run)
 
-        def two_steps(config: Config = config) -> None:
+        def some_steps(config: Config = config) -> None:
             with StopWish() as wish, Recorder(config.run, leader, MEMORY_STEPS) as recorder:
                 job, progress = make_job(config, device, recorder), Progress(0, 0)
                 for _ in range(MEMORY_STEPS):
@@ -195,7 +196,7 @@ def count_memory(folder: Path) -> dict[str, Any]:
                 if job.planned:
                     job.planned.close()
 
-        peak = torch.tensor(float(peak_bytes(two_steps)))
+        peak = torch.tensor(float(peak_bytes(some_steps)))
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         peaks[f"{data} {model} {name}"] = peak.item()
         gc.collect()
