@@ -6,7 +6,7 @@ start; at step 60 site 1 is killed with `kill -9`; once it is dropped, the link 
 20 s; meanwhile site 3 starts and joins. Looked at are the last validation losses, the longest wait
 of any site in a step, and whether the survivors' global parameters are the same bits.
 
-    python -m benchmarks.elastic [--steps 2400]
+    python -m benchmarks.elastic [--steps 800]
 """
 
 import argparse
@@ -182,7 +182,7 @@ def run(steps: int, disturbed: bool, folder: Path) -> list[int]:
 def main() -> None:
     """Both runs, side by side."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=800)
     steps = parser.parse_args().steps
     console, began = Console(record=True, width=100), time.perf_counter()
     table = Table("run", "site", "loss", "longest wait (s)", "merges", box=None)
