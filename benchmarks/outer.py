@@ -37,7 +37,7 @@ OVERLAP_EVERY, OVERLAP_DELAY = 48, 4
 SHARE = 0.45
 UNEQUAL: dict[str, Any] = {
     "share": (0.6, 0.3),
-    "steps": (34 / 25, 16 / 25),  # as sync_every: half a core is a little less than half the speed
+    "steps": (34 / 25, 16 / 25),  # as sync_every: half a core was less than half the speed
     "sync_every": (17, 8),
     "delay": (2, 1),
 }
