@@ -1,13 +1,14 @@
 """How a benchmark ends: one line of JSON, and a dated log of what it found, or has so far."""
 
 import json
+import os
 import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["conclude", "keep"]
+__all__ = ["conclude", "keep", "stolen_s"]
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -34,3 +35,9 @@ def keep(name: str, log: str) -> None:
         f"{now:%Y-%m-%d %H:%M} UTC, {where}\n$ {command}\n{log}",
         encoding="utf-8",
     )
+
+
+def stolen_s() -> float:
+    """Seconds since boot in which a virtual machine's host gave its processors to others."""
+    _, *ticks = Path("/proc/stat").read_text().splitlines()[0].split()
+    return int(ticks[7]) / os.sysconf("SC_CLK_TCK")

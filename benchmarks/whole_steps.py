@@ -3,9 +3,11 @@
 In the lab, 2 nodes × 2 ranks of 0.45 core each, at 50, 200 and 1,000 Mbit/s, with uneven and with
 even documents and two models: twelve cases, each trained in five ways. These take turns, a step
 each, so that what disturbs the machine disturbs all; the first step, in which the planner starts
-and groups are made, doesn't count. Foretold twice: from the probe alone, and with the model's own
-rates as ``train`` measures them before its first step; from the latter a way is recommended as
-``longspan plan`` does it, the simplest of those about as fast as the fastest.
+and groups are made, doesn't count. Foretold from the model's own rates: as ``train`` measures them
+before its first step, and with the mean of that and of more such measurements between the steps.
+The latter counts: an emulated cluster's speed changes by a third within minutes, which is the
+machine's doing. From it a way is recommended as ``longspan plan`` does it, the simplest of those
+about as fast as the fastest. Foretold, too, from the probe alone.
 
 Memory is the most that torch's allocator has handed out on a rank, from before its model is built
 to the end of the fifth step (in the first one there is no optimizer's state yet): counted, not
@@ -22,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, median, quantiles
@@ -33,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peak import peak_bytes
-from benchmarks.record import conclude
+from benchmarks.record import conclude, stolen_s
 from longspan.cluster.spec import read_cluster
 from longspan.plan import Setup
 from longspan.planner.joint import simplest
@@ -45,6 +47,7 @@ MODELS = {"wide": (128, 2), "deep": (64, 5)}
 CASES = tuple(product(("uneven", "even"), MODELS))
 LONGEST, BATCH_TOKENS = 2048, 8192
 FIRST, STEPS, MEMORY_STEPS = 1, 6, 5
+RATES_AFTER = (2, 4, 6)  # steps after which rates are measured again
 SETUPS = {
     "4 contiguous ring": Setup("fixed", 4, "contiguous", "ring", "world", "none"),
     "4 balanced ring": Setup("fixed", 4, "balanced", "ring", "node", "none"),
@@ -145,17 +148,44 @@ def time_steps(folder: Path) -> dict[str, Any]:
                     runs[name]["step_s"].append(time.perf_counter() - start)
                 if job.planned:  # a batch to come is being planned, which is no other run's matter
                     time.sleep(0.5)
+                    if step in RATES_AFTER:
+                        measure_again(config_of(folder, data, model, name, f"after-{step}"), device)
             for job in jobs.values():
                 if job.planned:
                     job.planned.close()
         for name, run in runs.items():
             if leader:
-                kept = config_of(folder, data, model, name).run
-                run["tokens"] = figures(kept, "tokens")[FIRST:]
-                if (kept / "rates.json").is_file():
-                    run["rates"] = json.loads((kept / "rates.json").read_text())["rates"]
+                run["tokens"] = figures(config_of(folder, data, model, name).run, "tokens")[FIRST:]
             found["runs"].append(run)
     return found
+
+
+def measure_again(config: Config, device: Any) -> None:
+    """On every rank: have the model's rates measured, as a run's beginning does it."""
+    import torch.distributed as dist
+
+    from longspan.train.job import make_job
+    from longspan.train.record import Recorder
+
+    with Recorder(config.run, dist.get_rank() == 0, 0) as recorder:
+        job = make_job(config, device, recorder)
+        if job.planned:
+            job.planned.close()
+
+
+def rates_of(folder: Path, data: str, model: str, runs: str) -> dict[str, Rates]:
+    """The rates that a flexible run has measured."""
+    run = config_of(folder, data, model, "flexible", runs).run
+    kept = json.loads((run / "rates.json").read_text())["rates"]
+    return {kind: Rates(**values) for kind, values in kept.items()}
+
+
+def mean_rates(several: list[dict[str, Rates]]) -> dict[str, Rates]:
+    """The mean of each rate of each kind of device."""
+    return {
+        kind: Rates(*map(mean, zip(*(astuple(rates[kind]) for rates in several), strict=True)))
+        for kind in several[0]
+    }
 
 
 def count_memory(folder: Path) -> dict[str, Any]:
@@ -264,17 +294,17 @@ def in_lab(folder: Path, work: str, megabits: int | None) -> dict[str, Any]:
         spec = replace(spec, bandwidth=f"{megabits}mbit", device_share=0.45)
     with Lab(spec) as lab:
         command = [sys.executable, "-m", "benchmarks.whole_steps", work, str(folder), str(out)]
-        lab.run(command, timeout_s=600).check()
+        lab.run(command, timeout_s=900).check()
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
 
 
 def main() -> None:
     """Run the lab at each bandwidth and compare."""
-    console = Console(record=True, width=120)
-    table = Table("Mbit/s", "case", "setup", "measured s", "foretold s", "error", "from the probe",
-                  "peak MB", "foretold MB", "error", box=None)  # fmt: skip
-    errors, probed, memory = [], [], []
+    console = Console(record=True, width=130)
+    table = Table("Mbit/s", "case", "setup", "measured s", "foretold s", "error", "first rates",
+                  "probe", "peak MB", "foretold MB", "error", box=None)  # fmt: skip
+    errors, firsts, probed, memory = [], [], [], []
     within: list[float] = []
     peaks: dict[str, float] = {}
     for megabits in BANDWIDTHS:
@@ -284,21 +314,27 @@ def main() -> None:
                 write_documents(folder / f"{data}.jsonl", data == "uneven")
             if not peaks:
                 (folder / "first").touch()
+            start, before_s = time.perf_counter(), stolen_s()
             found = in_lab(folder, "time", megabits)
+            lost = (stolen_s() - before_s) / (time.perf_counter() - start) / (os.cpu_count() or 1)
             peaks |= in_lab(folder, "memory", None)
             console.print(f"{megabits} Mbit/s: {found['fit']}")
+            console.print(f"{megabits} Mbit/s: {lost:.1%} of the processors' time went to others")
             for data, model in CASES:
                 runs = [r for r in found["runs"] if (r["data"], r["model"]) == (data, model)]
-                kept = next(run["rates"] for run in runs if "rates" in run)
-                rates = {kind: Rates(**values) for kind, values in kept.items()}
+                when = ("runs", *(f"after-{step}" for step in RATES_AFTER))
+                measured = [rates_of(folder, data, model, name) for name in when]
+                rates = mean_rates(measured)
                 told = {run["setup"]: foretold(folder, run, rates) for run in runs}
                 speeds = {}
                 for run in runs:
                     setup, step_s = run["setup"], mean(run["step_s"])
                     speeds[setup] = mean(run["tokens"]) / step_s
-                    one, plain = told[setup], foretold(folder, run, None)
-                    error, alone = (x.step_s / step_s - 1 for x in (one, plain))
+                    one = told[setup]
+                    first, plain = (foretold(folder, run, some) for some in (measured[0], None))
+                    error, once, alone = (x.step_s / step_s - 1 for x in (one, first, plain))
                     errors.append(abs(error))
+                    firsts.append(abs(once))
                     probed.append(abs(alone))
                     peak, held = peaks[f"{data} {model} {setup}"], one.memory_bytes
                     if SETUPS[setup].mode != "fixed":
@@ -306,7 +342,8 @@ def main() -> None:
                     memory.append(held / peak - 1)
                     table.add_row(
                         *(str(megabits), f"{data}, {model}", setup),
-                        *(f"{step_s:.3f}", f"{one.step_s:.3f}", f"{error:+.0%}", f"{alone:+.0%}"),
+                        *(f"{step_s:.3f}", f"{one.step_s:.3f}"),
+                        *(f"{error:+.0%}", f"{once:+.0%}", f"{alone:+.0%}"),
                         *(f"{peak / 1e6:.1f}", f"{held / 1e6:.1f}", f"{memory[-1]:+.0%}"),
                     )
                 names = {setup_of(folder, data, name): name for name in told}
@@ -321,6 +358,7 @@ def main() -> None:
         "cases": len(within),
         "median_error": round(median(errors), 4),
         "p90_error": round(quantiles(errors, n=10)[-1], 4),
+        "first_rates_median_error": round(median(firsts), 4),
         "probe_only_median_error": round(median(probed), 4),
         "recommended_is_fastest": sum(gap <= 0.001 for gap in within),
         "recommended_worst_gap": round(max(within), 4),

@@ -7,7 +7,8 @@
                                 up0 ─ core0 [core] core1 ─ up1
 
 Every veth pair has a token bucket on both ends, so each way has its own rate. Nothing is made in
-the host's own network. Frames are jumbo ones, as clusters use, so that headers take under 1 %.
+the host's own network. Frames are jumbo ones, as clusters use, so that headers take under 1 %; on
+slow links they are smaller.
 """
 
 import json
@@ -18,6 +19,7 @@ import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from longspan.errors import LabError
@@ -28,11 +30,12 @@ __all__ = ["LinkBytes", "Network", "address", "namespace", "remove_network", "re
 NAMESPACES = Path("/run/netns")
 # `ip netns exec` lays what is here over /etc: so nodes know each other by name.
 FILES = Path("/etc/netns")
-MTU = 9000
-# A bucket holds one jumbo frame, or what passes in 130 µs, which is how late a timer may come:
-# more would let the first bytes of each message through for nothing.
-LEAST_BURST_BYTES = 10 * 1024
-BURST_S = 130e-6
+# A bucket lets the first bytes of each message through for nothing, and must hold a frame: so that
+# is what the slowest link carries in 0.4 ms. The room above it is for timers that come late.
+MTUS = (1500, 9000)
+FRAME_S = 400e-6
+LATE_S = 60e-6
+HEADER_BYTES = 14
 # Long enough that nothing is lost where links join: what is timed is then the link's rate and
 # not how TCP recovers.
 QUEUE_BYTES = 32 * 1024**2
@@ -104,11 +107,19 @@ def require_network(*, latency: bool = False) -> None:
             ) from None
 
 
-def _shape(device: str, bits_per_s: float | None, latency_s: float = 0.0) -> list[str]:
+def _mtu(spec: LabSpec) -> int:
+    """Bytes of a lab's frames: all its links have the same, as bridges don't divide them."""
+    rates = [spec.site_bits_per_s, *map(spec.bandwidth_of, range(spec.nodes))]
+    slowest = min((rate for rate in rates if rate is not None), default=inf)
+    least, most = MTUS
+    return round(min(max(slowest / 8 * FRAME_S, least), most))
+
+
+def _shape(device: str, mtu: int, bits_per_s: float | None, latency_s: float = 0.0) -> list[str]:
     """tc's lines that give one end of a link its rate, and what leaves by it some latency."""
     if bits_per_s is None:
         return []
-    burst = max(LEAST_BURST_BYTES, round(bits_per_s / 8 * BURST_S))
+    burst = mtu + HEADER_BYTES + round(bits_per_s / 8 * LATE_S)
     rate = f"rate {round(bits_per_s)}bit burst {burst}b limit {QUEUE_BYTES}b"
     lines = [f"qdisc replace dev {device} root handle 1: tbf {rate}"]
     if latency_s:
@@ -127,45 +138,48 @@ class Network:
     def build(self, spec: LabSpec) -> None:
         """Make namespaces, bridges and links; raises LabError with the kernel's reason."""
         _run("ip", "netns", "add", self.switch)
+        mtu = _mtu(spec)
         for site in range(spec.sites):
-            self._bridge(f"site{site}")
+            self._bridge(f"site{site}", mtu)
         if spec.sites > 1:
-            self._bridge("core")
+            self._bridge("core", mtu)
             for site in range(spec.sites):
-                self._uplink(site, spec)
+                self._uplink(site, spec, mtu)
         hosts = Path("/etc/hosts").read_text(encoding="utf-8").rstrip("\n")
         for node in range(spec.nodes):
             hosts += f"\n{address(node)} node{node}\n::ffff:{address(node)} node{node}"
         for node in range(spec.nodes):
-            self._node(node, spec)
+            self._node(node, spec, mtu)
             with suppress(OSError):  # a read-only /etc: nodes go by their addresses
                 (FILES / namespace(self.lab, node)).mkdir(parents=True)
                 (FILES / namespace(self.lab, node) / "hosts").write_text(f"{hosts}\n")
 
-    def _bridge(self, name: str) -> None:
+    def _bridge(self, name: str, mtu: int) -> None:
         self._ip(
             self.switch,
-            f"link add {name} mtu {MTU} type bridge mcast_snooping 0",
+            f"link add {name} mtu {mtu} type bridge mcast_snooping 0",
             f"link set {name} addrgenmode none up",
         )
 
-    def _uplink(self, site: int, spec: LabSpec) -> None:
+    def _uplink(self, site: int, spec: LabSpec, mtu: int) -> None:
         inner, outer = f"up{site}", f"core{site}"
         self._ip(
             self.switch,
-            f"link add {inner} mtu {MTU} type veth peer name {outer} mtu {MTU}",
+            f"link add {inner} mtu {mtu} type veth peer name {outer} mtu {mtu}",
             f"link set {inner} master site{site} addrgenmode none up",
             f"link set {outer} master core addrgenmode none up",
         )
         rate = spec.site_bits_per_s
-        self._tc(self.switch, *_shape(inner, rate, spec.site_latency_s), *_shape(outer, rate))
+        self._tc(
+            self.switch, *_shape(inner, mtu, rate, spec.site_latency_s), *_shape(outer, mtu, rate)
+        )
 
-    def _node(self, node: int, spec: LabSpec) -> None:
+    def _node(self, node: int, spec: LabSpec, mtu: int) -> None:
         name, port = namespace(self.lab, node), f"node{node}"
         _run("ip", "netns", "add", name)
         self._ip(
             self.switch,
-            f"link add {port} mtu {MTU} type veth peer name eth0 mtu {MTU} netns {name}",
+            f"link add {port} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {name}",
             f"link set {port} master site{spec.site_of(node)} addrgenmode none up",
         )
         self._ip(
@@ -178,8 +192,8 @@ class Network:
         with suppress(LabError):
             self._ip(name, f"route replace 10.77.0.0/16 dev eth0 src {address(node)} congctl cubic")
         rate = spec.bandwidth_of(node)
-        self._tc(name, *_shape("eth0", rate, spec.latency_s))
-        self._tc(self.switch, *_shape(port, rate))
+        self._tc(name, *_shape("eth0", mtu, rate, spec.latency_s))
+        self._tc(self.switch, *_shape(port, mtu, rate))
 
     def counters(self) -> dict[str, LinkBytes]:
         """Bytes on each link since the lab began: "node0", …, and "site0", … if sites > 1."""
@@ -207,8 +221,10 @@ class Network:
     def rate(self, node: int, bits_per_s: float) -> None:
         """Give a node's link another rate, both ways."""
         self._known(node)
-        self._tc(namespace(self.lab, node), *_shape("eth0", bits_per_s))
-        self._tc(self.switch, *_shape(f"node{node}", bits_per_s))
+        port = f"node{node}"
+        (link,) = json.loads(_run("ip", "-n", self.switch, "-j", "link", "show", port))
+        self._tc(namespace(self.lab, node), *_shape("eth0", link["mtu"], bits_per_s))
+        self._tc(self.switch, *_shape(port, link["mtu"], bits_per_s))
 
     def _known(self, node: int) -> None:
         if not (NAMESPACES / namespace(self.lab, node)).exists():
