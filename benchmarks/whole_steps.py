@@ -4,9 +4,9 @@ In the lab, 2 nodes × 2 ranks of 0.45 core each, at 50, 200 and 1,000 Mbit/s, w
 even documents and two models: twelve cases, each trained in five ways. These take turns, a step
 each, so that what disturbs the machine disturbs all; the first step, in which the planner starts
 and groups are made, doesn't count. Foretold from the model's own rates: as ``train`` measures them
-before its first step, and with the mean of that and of more such measurements between the steps.
-The latter counts: an emulated cluster's speed changes by a third within minutes, which is the
-machine's doing. From it a way is recommended as ``longspan plan`` does it, the simplest of those
+before its first step, and with the mean of that and of a second such measurement after the last
+step. The mean counts: this machine's speed, unlike a cluster's, changes by a third within minutes.
+From it a way is recommended as ``longspan plan`` does it, the simplest of those
 about as fast as the fastest. Foretold, too, from the probe alone.
 
 Memory is the most that torch's allocator has handed out on a rank, from before its model is built
@@ -47,7 +47,6 @@ MODELS = {"wide": (128, 2), "deep": (64, 5)}
 CASES = tuple(product(("uneven", "even"), MODELS))
 LONGEST, BATCH_TOKENS = 2048, 8192
 FIRST, STEPS, MEMORY_STEPS = 1, 6, 5
-RATES_AFTER = (2, 4, 6)  # steps after which rates are measured again
 SETUPS = {
     "4 contiguous ring": Setup("fixed", 4, "contiguous", "ring", "world", "none"),
     "4 balanced ring": Setup("fixed", 4, "balanced", "ring", "node", "none"),
@@ -148,8 +147,7 @@ def time_steps(folder: Path) -> dict[str, Any]:
                     runs[name]["step_s"].append(time.perf_counter() - start)
                 if job.planned:  # a batch to come is being planned, which is no other run's matter
                     time.sleep(0.5)
-                    if step in RATES_AFTER:
-                        measure_again(config_of(folder, data, model, name, f"after-{step}"), device)
+            measure_rates(config_of(folder, data, model, "flexible", "after"), device)
             for job in jobs.values():
                 if job.planned:
                     job.planned.close()
@@ -160,8 +158,8 @@ def time_steps(folder: Path) -> dict[str, Any]:
     return found
 
 
-def measure_again(config: Config, device: Any) -> None:
-    """On every rank: have the model's rates measured, as a run's beginning does it."""
+def measure_rates(config: Config, device: Any) -> None:
+    """On every rank: have the model's rates measured, as a flexible run's beginning does it."""
     import torch.distributed as dist
 
     from longspan.train.job import make_job
@@ -322,8 +320,7 @@ def main() -> None:
             console.print(f"{megabits} Mbit/s: {lost:.1%} of the processors' time went to others")
             for data, model in CASES:
                 runs = [r for r in found["runs"] if (r["data"], r["model"]) == (data, model)]
-                when = ("runs", *(f"after-{step}" for step in RATES_AFTER))
-                measured = [rates_of(folder, data, model, name) for name in when]
+                measured = [rates_of(folder, data, model, when) for when in ("runs", "after")]
                 rates = mean_rates(measured)
                 told = {run["setup"]: foretold(folder, run, rates) for run in runs}
                 speeds = {}
