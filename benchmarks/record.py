@@ -4,11 +4,15 @@ import json
 import os
 import platform
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["conclude", "keep", "stolen_s"]
+__all__ = ["Timing", "conclude", "keep", "timed"]
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -37,7 +41,24 @@ def keep(name: str, log: str) -> None:
     )
 
 
-def stolen_s() -> float:
-    """Seconds since boot in which a virtual machine's host gave its processors to others."""
+@dataclass
+class Timing:
+    """How long it took; ``lost``: the share of all processors' time that a virtual machine's host
+    gave to others meanwhile."""
+
+    seconds: float = 0.0
+    lost: float = 0.0
+
+
+@contextmanager
+def timed() -> Iterator[Timing]:
+    """What the block takes; filled in at its end."""
+    timing, start, before_s = Timing(), time.perf_counter(), _stolen_s()
+    yield timing
+    timing.seconds = time.perf_counter() - start
+    timing.lost = (_stolen_s() - before_s) / timing.seconds / (os.cpu_count() or 1)
+
+
+def _stolen_s() -> float:
     _, *ticks = Path("/proc/stat").read_text().splitlines()[0].split()
     return int(ticks[7]) / os.sysconf("SC_CLK_TCK")

@@ -2,12 +2,12 @@
 
 In the lab, 2 nodes × 2 ranks of 0.45 core each, at 50, 200 and 1,000 Mbit/s, with uneven and with
 even documents and two models: twelve cases, each trained in five ways. These take turns, a step
-each, so that what disturbs the machine disturbs all; the first step, in which the planner starts
-and groups are made, doesn't count. Foretold from the model's own rates: as ``train`` measures them
-before its first step, and with the mean of that and of a second such measurement after the last
-step. The mean counts: this machine's speed, unlike a cluster's, changes by a third within minutes.
-From it a way is recommended as ``longspan plan`` does it, the simplest of those
-about as fast as the fastest. Foretold, too, from the probe alone.
+each, so that what disturbs the machine disturbs all. The first step, in which the planner starts
+and groups are made, doesn't count; of the others those rounds do in which the machine's host gave
+least of its processors to other machines. A step is foretold from the model's own rates, as
+``train`` measures them before its first step: measured there, and again after the last one, and
+the quieter of the two counts. From it a way is recommended as ``longspan plan`` does it, the
+simplest of those about as fast as the fastest. Foretold, too, from the probe alone.
 
 Memory is the most that torch's allocator has handed out on a rank, from before its model is built
 to the end of the fifth step (in the first one there is no optimizer's state yet): counted, not
@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import astuple, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, median, quantiles
@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peak import peak_bytes
-from benchmarks.record import conclude, stolen_s
+from benchmarks.record import conclude, timed
 from longspan.cluster.spec import read_cluster
 from longspan.plan import Setup
 from longspan.planner.joint import simplest
@@ -46,7 +46,7 @@ BANDWIDTHS = (50, 200, 1000)
 MODELS = {"wide": (128, 2), "deep": (64, 5)}
 CASES = tuple(product(("uneven", "even"), MODELS))
 LONGEST, BATCH_TOKENS = 2048, 8192
-FIRST, STEPS, MEMORY_STEPS = 1, 6, 5
+FIRST, STEPS, KEPT, MEMORY_STEPS = 1, 8, 5, 5
 SETUPS = {
     "4 contiguous ring": Setup("fixed", 4, "contiguous", "ring", "world", "none"),
     "4 balanced ring": Setup("fixed", 4, "balanced", "ring", "node", "none"),
@@ -126,35 +126,40 @@ def time_steps(folder: Path) -> dict[str, Any]:
     if leader:
         write_cluster(cluster, folder / "cluster.yaml")
     dist.barrier()
-    found: dict[str, Any] = {"fit": str(fit), "runs": []}
+    found: dict[str, Any] = {"fit": str(fit), "runs": [], "lost": {}}
     for data, model in CASES:
         runs: dict[str, dict[str, Any]] = {
             name: {"data": data, "model": model, "setup": name, "step_s": [], "tokens": []}
             for name in SETUPS
         }
+        lost = []
         with StopWish() as wish, ExitStack() as open_:
             jobs = {}
             for name in SETUPS:
                 config = config_of(folder, data, model, name)
                 recorder = open_.enter_context(Recorder(config.run, leader, FIRST + STEPS))
-                jobs[name] = make_job(config, device, recorder)
+                with timed() as before:
+                    jobs[name] = make_job(config, device, recorder)
             progress = dict.fromkeys(jobs, Progress(0, 0))
-            for step, (name, job) in product(range(FIRST + STEPS), jobs.items()):
-                dist.barrier()
-                start = time.perf_counter()
-                progress[name], _ = advance(job, progress[name], wish)
-                if step >= FIRST:
-                    runs[name]["step_s"].append(time.perf_counter() - start)
-                if job.planned:  # a batch to come is being planned, which is no other run's matter
-                    time.sleep(0.5)
-            measure_rates(config_of(folder, data, model, "flexible", "after"), device)
+            for _ in range(FIRST + STEPS):
+                with timed() as round_:
+                    for name, job in jobs.items():
+                        dist.barrier()
+                        with timed() as step:
+                            progress[name], _ = advance(job, progress[name], wish)
+                        runs[name]["step_s"].append(step.seconds)
+                lost.append(round_.lost)
+                time.sleep(0.5)  # a batch to come is being planned, which is no other run's matter
+            with timed() as after:
+                measure_rates(config_of(folder, data, model, "flexible", "after"), device)
             for job in jobs.values():
                 if job.planned:
                     job.planned.close()
         for name, run in runs.items():
             if leader:
-                run["tokens"] = figures(config_of(folder, data, model, name).run, "tokens")[FIRST:]
+                run["tokens"] = figures(config_of(folder, data, model, name).run, "tokens")
             found["runs"].append(run)
+        found["lost"][f"{data} {model}"] = {"rounds": lost, "rates": [before.lost, after.lost]}
     return found
 
 
@@ -176,14 +181,6 @@ def rates_of(folder: Path, data: str, model: str, runs: str) -> dict[str, Rates]
     run = config_of(folder, data, model, "flexible", runs).run
     kept = json.loads((run / "rates.json").read_text())["rates"]
     return {kind: Rates(**values) for kind, values in kept.items()}
-
-
-def mean_rates(several: list[dict[str, Rates]]) -> dict[str, Rates]:
-    """The mean of each rate of each kind of device."""
-    return {
-        kind: Rates(*map(mean, zip(*(astuple(rates[kind]) for rates in several), strict=True)))
-        for kind in several[0]
-    }
 
 
 def count_memory(folder: Path) -> dict[str, Any]:
@@ -261,8 +258,10 @@ def worker(folder: Path, out: Path, work: Callable[[Path], dict[str, Any]]) -> N
     os._exit(0)
 
 
-def foretold(folder: Path, run: dict[str, Any], rates: dict[str, Rates] | None) -> Any:
-    """What the planner says of a run, from all that it reads."""
+def foretold(
+    folder: Path, run: dict[str, Any], rates: dict[str, Rates] | None, rounds: list[int]
+) -> Any:
+    """What the planner says of some rounds of a run, from all that it reads."""
     from longspan.train.question import question_of
 
     config = config_of(folder, run["data"], run["model"], run["setup"])
@@ -270,15 +269,21 @@ def foretold(folder: Path, run: dict[str, Any], rates: dict[str, Rates] | None) 
     work = replace(forecaster.work, rates=rates, memory_limit=None)
     setup, steps = setup_of(folder, run["data"], run["setup"]), FIRST + STEPS
     packs = steps * setup.accumulate * 4 // (setup.sp or 4)
-    told = replace(forecaster, work=work, packs=packs, batches=steps).of(setup)
+    forecaster = replace(forecaster, work=work, packs=packs)
     if setup.mode == "fixed":
-        return told
-    untimed = replace(forecaster, work=work, batches=FIRST).of(setup)
-    step_s, tokens = (
-        (steps * all_ - FIRST * first) / STEPS
-        for all_, first in ((told.step_s, untimed.step_s), (told.tokens, untimed.tokens))
+        return forecaster.of(setup)
+    told = [replace(forecaster, batches=number + 1).of(setup) for number in range(steps)]
+
+    def mean_of(values: list[float]) -> float:
+        """Of some rounds' values, from the mean of the first ones of each number."""
+        sums = [0.0, *(value * number for number, value in enumerate(values, 1))]
+        return mean(sums[number + 1] - sums[number] for number in rounds)
+
+    return replace(
+        told[-1],
+        step_s=mean_of([one.step_s for one in told]),
+        tokens=mean_of([one.tokens for one in told]),
     )
-    return replace(told, step_s=step_s, tokens=tokens)
 
 
 def in_lab(folder: Path, work: str, megabits: int | None) -> dict[str, Any]:
@@ -312,23 +317,25 @@ def main() -> None:
                 write_documents(folder / f"{data}.jsonl", data == "uneven")
             if not peaks:
                 (folder / "first").touch()
-            start, before_s = time.perf_counter(), stolen_s()
             found = in_lab(folder, "time", megabits)
-            lost = (stolen_s() - before_s) / (time.perf_counter() - start) / (os.cpu_count() or 1)
             peaks |= in_lab(folder, "memory", None)
             console.print(f"{megabits} Mbit/s: {found['fit']}")
-            console.print(f"{megabits} Mbit/s: {lost:.1%} of the processors' time went to others")
             for data, model in CASES:
+                lost = found["lost"][f"{data} {model}"]
+                rounds = sorted(range(FIRST, FIRST + STEPS), key=lambda n: lost["rounds"][n])[:KEPT]
                 runs = [r for r in found["runs"] if (r["data"], r["model"]) == (data, model)]
                 measured = [rates_of(folder, data, model, when) for when in ("runs", "after")]
-                rates = mean_rates(measured)
-                told = {run["setup"]: foretold(folder, run, rates) for run in runs}
+                rates = measured[lost["rates"][1] < lost["rates"][0]]
+                told = {run["setup"]: foretold(folder, run, rates, rounds) for run in runs}
                 speeds = {}
                 for run in runs:
-                    setup, step_s = run["setup"], mean(run["step_s"])
-                    speeds[setup] = mean(run["tokens"]) / step_s
+                    setup = run["setup"]
+                    step_s, tokens = (
+                        mean(run[of][n] for n in rounds) for of in ("step_s", "tokens")
+                    )
+                    speeds[setup] = tokens / step_s
                     one = told[setup]
-                    first, plain = (foretold(folder, run, some) for some in (measured[0], None))
+                    first, plain = (foretold(folder, run, r, rounds) for r in (measured[0], None))
                     error, once, alone = (x.step_s / step_s - 1 for x in (one, first, plain))
                     errors.append(abs(error))
                     firsts.append(abs(once))
@@ -349,6 +356,11 @@ def main() -> None:
                 console.print(
                     f"{megabits} Mbit/s, {data}, {model}: {best} is recommended, the fastest is "
                     f"{max(speeds, key=lambda setup: speeds[setup])}; {within[-1]:.1%} apart"
+                )
+                console.print(
+                    f"  taken by the host: {mean(lost['rounds'][n] for n in rounds):.0%} of these "
+                    f"rounds, {mean(lost['rounds'][FIRST:]):.0%} of all, {min(lost['rates']):.0%} "
+                    f"while rates were measured"
                 )
     console.print(table)
     figures = {
