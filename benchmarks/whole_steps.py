@@ -3,10 +3,10 @@
 In the lab, 2 nodes × 2 ranks of 0.45 core each, at 50, 200 and 1,000 Mbit/s, with uneven and with
 even documents and two models: twelve cases, each trained in five ways. These take turns, a step
 each, so that what disturbs the machine disturbs all. The first step, in which the planner starts
-and groups are made, doesn't count; of the others those rounds do in which the machine's host gave
-least of its processors to other machines. A step is foretold from the model's own rates, as
-``train`` measures them before its first step: measured there, and again after the last one, and
-the quieter of the two counts. From it a way is recommended as ``longspan plan`` does it, the
+and groups are made, doesn't count; of the other rounds of turns those do in which the machine's
+host gave at most 5 % of its processors to others, or the three in which it gave least. A step is
+foretold from the model's own rates, as ``train`` measures them before its first step: measured
+there, and again after the last one, and the quieter of the two counts. From it a way is recommended as ``longspan plan`` does it, the
 simplest of those about as fast as the fastest. Foretold, too, from the probe alone.
 
 Memory is the most that torch's allocator has handed out on a rank, from before its model is built
@@ -46,7 +46,8 @@ BANDWIDTHS = (50, 200, 1000)
 MODELS = {"wide": (128, 2), "deep": (64, 5)}
 CASES = tuple(product(("uneven", "even"), MODELS))
 LONGEST, BATCH_TOKENS = 2048, 8192
-FIRST, STEPS, KEPT, MEMORY_STEPS = 1, 7, 5, 5
+FIRST, STEPS, MEMORY_STEPS = 1, 7, 5
+QUIET, LEAST = 0.05, 3
 SETUPS = {
     "4 contiguous ring": Setup("fixed", 4, "contiguous", "ring", "world", "none"),
     "4 balanced ring": Setup("fixed", 4, "balanced", "ring", "node", "none"),
@@ -325,7 +326,8 @@ def main() -> None:
             console.print(f"{megabits} Mbit/s: {found['fit']}")
             for data, model in CASES:
                 lost = found["lost"][f"{data} {model}"]
-                rounds = sorted(range(FIRST, FIRST + STEPS), key=lambda n: lost["rounds"][n])[:KEPT]
+                rounds = sorted(range(FIRST, FIRST + STEPS), key=lambda n: lost["rounds"][n])
+                rounds = rounds[: max(LEAST, sum(lost["rounds"][n] <= QUIET for n in rounds))]
                 runs = [r for r in found["runs"] if (r["data"], r["model"]) == (data, model)]
                 measured = [rates_of(folder, data, model, when) for when in ("runs", "after")]
                 rates = measured[lost["rates"][1] < lost["rates"][0]]
@@ -360,10 +362,10 @@ def main() -> None:
                     f"{megabits} Mbit/s, {data}, {model}: {best} is recommended, the fastest is "
                     f"{max(speeds, key=lambda setup: speeds[setup])}; {within[-1]:.1%} apart"
                 )
+                taken = mean(lost["rounds"][n] for n in rounds), mean(lost["rounds"][FIRST:])
                 console.print(
-                    f"  taken by the host: {mean(lost['rounds'][n] for n in rounds):.0%} of these "
-                    f"rounds, {mean(lost['rounds'][FIRST:]):.0%} of all, {min(lost['rates']):.0%} "
-                    f"while rates were measured"
+                    f"  {len(rounds)} rounds count; the host took {taken[0]:.1%} of them, "
+                    f"{taken[1]:.1%} of all, {min(lost['rates']):.1%} while rates were measured"
                 )
     console.print(table)
     figures = {

@@ -59,11 +59,15 @@ def test_a_message_waits_for_a_rank_that_computes() -> None:
         ((0, 2), NET_LAT, NET),
         ((0, 4), FAR_LAT, FAR),
     ):
-        op = Comm("send", ranks, (S,))
-        assert seconds(op, busy) == pytest.approx(latency + 2e-3 + S / rate)
-        assert seconds(op, busy.idle) == seconds(op, cluster())
-    ring = Comm("all_gather", (0, 1, 2, 3), (S,) * 4)
-    assert seconds(ring, busy) - seconds(ring, cluster()) == pytest.approx(3 * 2e-3)
+        for size in (S, S / 100, 2 * 2e-3 * rate):
+            op = Comm("send", ranks, (int(size),))
+            assert seconds(op, busy) == pytest.approx(latency + max(2e-3, size / rate), rel=1e-3)
+            assert seconds(op, busy.idle) == seconds(op, cluster())
+    for size in (8, S // 100):
+        ring = Comm("all_gather", (0, 1, 2, 3), (size,) * 4)
+        idle = seconds(ring, cluster())
+        wires = 3 * size / NET
+        assert seconds(ring, busy) - idle == pytest.approx(3 * 2e-3 - wires)
 
 
 def test_the_slowest_level_that_is_crossed_counts() -> None:

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longspan.cluster.fabric import Fabric, Floats, Ints
+from longspan.cluster.fabric import Floats, Ints
 from longspan.cluster.spec import Cluster, Device
 from longspan.errors import ClusterError
-from longspan.schedule.ops import Comm, Compute, Op
+from longspan.schedule.ops import Comm, CommKind, Compute, Op
 
 __all__ = ["Demand", "computing", "demand", "handling", "seconds", "traffic"]
 
@@ -120,22 +120,17 @@ def demand(op: Comm, cluster: Cluster) -> Demand:
         case "send" | "broadcast":
             source, target = ranks[:-1], ranks[1:]
             amount = np.full(n - 1, sizes[0])
-            latency = float(fabric.latency(source, target).sum())
         case "all_gather":
             amount = sizes.sum() - np.roll(sizes, -1)
-            latency = _ring_latency(fabric, source, target, skipped=1)
         case "reduce_scatter":
             amount = sizes.sum() - sizes
-            latency = _ring_latency(fabric, source, target, skipped=1)
         case "all_reduce":
             amount = np.full(n, 2 * (n - 1) * sizes[0] / n)
-            latency = _ring_latency(fabric, source, target, skipped=2)
         case "all_to_all":
             table = sizes.reshape(n, n).copy()
             np.fill_diagonal(table, 0)
             row, column = np.nonzero(table)
             source, target, amount = ranks[row], ranks[column], table[row, column]
-            latency = float(fabric.latency(source, target).max(initial=0))
     spread = op.kind not in ("send", "all_to_all")
     pipes, load = fabric.load(source, target, amount, spread=spread)
     if cluster.handles:
@@ -143,6 +138,9 @@ def demand(op: Comm, cluster: Cluster) -> Demand:
         times = often.get(op.kind, 1)
         pipes, load = _with_computing(cluster, source, target, amount, times, (pipes, load))
     transfer = float((load / cluster.capacity[pipes]).max(initial=0))
+    latency, wait = (_longest(op.kind, of(source, target)) for of in (fabric.latency, fabric.wait))
+    # While bytes are on their way, both ends come to attend to them.
+    latency += max(0.0, wait - transfer)
     return Demand(latency, pipes, load, transfer, float(amount.max(initial=0)))
 
 
@@ -162,12 +160,17 @@ def _with_computing(
     return np.concatenate([pipes, first + ranks]), np.concatenate([load, busy[ranks]])
 
 
-def _ring_latency(fabric: Fabric, source: Ints, target: Ints, skipped: int) -> float:
+def _longest(kind: CommKind, hops: Floats) -> float:
+    """What the longest way takes through hops that take so."""
+    if kind in ("send", "broadcast"):
+        return float(hops.sum())
+    if kind == "all_to_all":
+        return float(hops.max(initial=0))
     # A piece goes round the ring once (twice in an all-reduce) but for the hops it need not take.
     # The longest way leaves out the quickest ones, and no way takes a slow hop more often.
-    hops = fabric.latency(source, target)
-    left_out = hops if skipped == 1 else hops + np.roll(hops, -1)
-    return float(skipped * hops.sum() - left_out.min())
+    if kind == "all_reduce":
+        return float(2 * hops.sum() - (hops + np.roll(hops, -1)).min())
+    return float(hops.sum() - hops.min())
 
 
 def _compute_seconds(op: Compute, kind: str, device: Device) -> float:

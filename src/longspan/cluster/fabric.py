@@ -117,7 +117,11 @@ class Fabric:
         result = np.where(apart, np.maximum(network[node_a], network[node_b]), result)
         far = site_a != site_b
         result = np.where(far, np.maximum(uplink[site_a], uplink[site_b]), result)
-        return result + np.maximum(self._wait[source], self._wait[target])
+        return result
+
+    def wait(self, source: Ints, target: Ints) -> Floats:
+        """Seconds until both ends of a message attend to it, from ``source`` to ``target``."""
+        return np.maximum(self._wait[source], self._wait[target])
 
     def load(
         self, source: Ints, target: Ints, size: Floats, *, spread: bool = False

@@ -55,8 +55,8 @@ class Device(_Part):
     ``bytes_per_s`` is its memory's rate, ``overhead_s`` what every kernel costs before it starts.
     What takes from its computing because it sends or receives: ``message_s`` for each message,
     ``byte_s`` for each byte and ``far_byte_s`` more for one between nodes; 0 where an engine of its
-    own does that. ``wait_s``: how much longer a message is on its way where ranks compute, as its
-    peer isn't there at once.
+    own does that. ``wait_s``: how much longer a small message is on its way where ranks compute, as
+    its peer isn't there at once; a message whose bytes take longer finds it there.
     """
 
     memory_bytes: ByteSize = Field(gt=0)

@@ -343,7 +343,8 @@ class Pricer:
         source, target, size = (np.array(column) for column in zip(*sends, strict=True))
         pipes, load = fabric.load(source, target, size.astype(np.float64))
         transfer = float((load / fabric.capacity[pipes]).max(initial=0))
-        return float(fabric.latency(source, target).max()), transfer
+        wait = max(0.0, float(fabric.wait(source, target).max()) - transfer)
+        return float(fabric.latency(source, target).max()) + wait, transfer
 
     def _parts(self, way: Way) -> list[tuple[Ring, AttentionKernels, list[int]]]:
         """The rings side by side, one a share of the heads: alike ones once, with their members."""

@@ -86,10 +86,11 @@ class ClusterWires:
         if kind == "reduce" and end - start > 1 and not self.flat_sums:
             return self._reduce(start, end)
         groups = list(self._groups(start, end))
-        latency, took = self._change(kind, groups, _LARGE)
-        once, each = 0.0 if self.handling else latency, took / (_LARGE * world**2)
+        latency, small = self._change(kind, groups, 1)
+        each = self._change(kind, groups, _LARGE)[1] / (_LARGE * world**2)
+        once = 0.0 if self.handling else latency
         if self.cluster.handles:  # messages take something, however small
-            once += max(0.0, self._change(kind, groups, 1)[1] - each * world**2)
+            once += max(0.0, small - each * world**2)
         return once, each
 
     def _change(

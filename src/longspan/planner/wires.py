@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from longspan.cluster.fabric import Fabric
 from longspan.cluster.spec import Cluster
 from longspan.planner.prices import Ints
 
@@ -37,7 +38,7 @@ class Wires:
         rates = partial(_slowest_pipe, cluster)
         far = 0.0
         if len(firsts) > 1:
-            far = float(fabric.latency(firsts, np.roll(firsts, -1)).max())
+            far = _latency(fabric, firsts, np.roll(firsts, -1))
         return cls(
             sizes=tuple(len(ranks) for ranks in nodes),
             device_bytes_per_s=rates("device", every),
@@ -47,7 +48,7 @@ class Wires:
                 rates("site", fabric.site[every]) if len(set(fabric.site[every])) > 1 else np.inf,
             ),
             near_latency_s=max(
-                (float(fabric.latency(pair[:1], pair[1:]).max()) for pair in near), default=0.0
+                (_latency(fabric, pair[:1], pair[1:]) for pair in near), default=0.0
             ),
             far_latency_s=far,
         )
@@ -107,3 +108,8 @@ def _slowest_pipe(cluster: Cluster, level: str, places: Ints) -> float:
         rate for name, rate in zip(fabric.names, fabric.capacity, strict=True) if name in names
     ]
     return float(min(rates, default=np.inf))
+
+
+def _latency(fabric: Fabric, source: Ints, target: Ints) -> float:
+    """The longest of small messages between these, until both ends attend to it."""
+    return float((fabric.latency(source, target) + fabric.wait(source, target)).max())
