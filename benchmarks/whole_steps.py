@@ -6,8 +6,9 @@ each, so that what disturbs the machine disturbs all. The first step, in which t
 and groups are made, doesn't count; of the other rounds of turns those do in which the machine's
 host gave at most 5 % of its processors to others, or the three in which it gave least. A step is
 foretold from the model's own rates, as ``train`` measures them before its first step: measured
-there, and again after the last one, and the quieter of the two counts. From it a way is recommended as ``longspan plan`` does it, the
-simplest of those about as fast as the fastest. Foretold, too, from the probe alone.
+there, and again after the last one, and the quieter of the two counts. From it a way is
+recommended as ``longspan plan`` does it, the simplest of those about as fast as the fastest.
+Foretold, too, from the probe alone.
 
 Memory is the most that torch's allocator has handed out on a rank, from before its model is built
 to the end of the fifth step (in the first one there is no optimizer's state yet): counted, not
