@@ -14,8 +14,9 @@ send            one message                                         its latency
 Gloo's broadcast is a binomial tree instead, and its reduce-scatter an all-reduce of the whole.
 
 Every message loads the pipes on its way (``fabric``), and the op takes as long as its busiest
-pipe does, after the latency. So a ring over several nodes loads each node's network once each
-way, whatever the ranks inside, if the op's ranks come node by node.
+pipe does, after the latency, and at least as long as its ranks let messages wait. So a ring over
+several nodes loads each node's network once each way, whatever the ranks inside, if the op's ranks
+come node by node.
 """
 
 from collections.abc import Iterable, Sequence
