@@ -5,10 +5,9 @@ even documents and two models: twelve cases, each trained in five ways. These ta
 each, so that what disturbs the machine disturbs all. The first step, in which the planner starts
 and groups are made, doesn't count; of the other rounds of turns those do in which the machine's
 host gave at most 5 % of its processors to others, or the three in which it gave least. A step is
-foretold from the model's own rates, as ``train`` measures them before its first step: measured
-there, and again after the last one, and the quieter of the two counts. From it a way is
-recommended as ``longspan plan`` does it, the simplest of those about as fast as the fastest.
-Foretold, too, from the probe alone.
+foretold from the model's own rates, as ``train`` measures them before its first step, and from the
+probe alone; from the former a way is recommended as ``longspan plan`` does it, the simplest of
+those about as fast as the fastest.
 
 Memory is the most that torch's allocator has handed out on a rank, from before its model is built
 to the end of the fifth step (in the first one there is no optimizer's state yet): counted, not
@@ -140,7 +139,7 @@ def time_steps(folder: Path) -> dict[str, Any]:
             for name in SETUPS:
                 config = config_of(folder, data, model, name)
                 recorder = open_.enter_context(Recorder(config.run, leader, FIRST + STEPS))
-                with timed() as before:
+                with timed() as rates:  # measured where the flexible job, the last one, is made
                     jobs[name] = make_job(config, device, recorder)
             progress = dict.fromkeys(jobs, Progress(0, 0))
             for _ in range(FIRST + STEPS):
@@ -152,8 +151,6 @@ def time_steps(folder: Path) -> dict[str, Any]:
                         runs[name]["step_s"].append(step.seconds)
                 lost.append(round_.lost)
                 time.sleep(0.5)  # a batch to come is being planned, which is no other run's matter
-            with timed() as after:
-                measure_rates(config_of(folder, data, model, "flexible", "after"), device)
             for job in jobs.values():
                 if job.planned:
                     job.planned.close()
@@ -161,26 +158,13 @@ def time_steps(folder: Path) -> dict[str, Any]:
             if leader:
                 run["tokens"] = figures(config_of(folder, data, model, name).run, "tokens")
             found["runs"].append(run)
-        found["lost"][f"{data} {model}"] = {"rounds": lost, "rates": [before.lost, after.lost]}
+        found["lost"][f"{data} {model}"] = {"rounds": lost, "rates": rates.lost}
     return found
 
 
-def measure_rates(config: Config, device: Any) -> None:
-    """On every rank: have the model's rates measured, as a flexible run's beginning does it."""
-    import torch.distributed as dist
-
-    from longspan.train.job import make_job
-    from longspan.train.record import Recorder
-
-    with Recorder(config.run, dist.get_rank() == 0, 0) as recorder:
-        job = make_job(config, device, recorder)
-        if job.planned:
-            job.planned.close()
-
-
-def rates_of(folder: Path, data: str, model: str, runs: str) -> dict[str, Rates]:
-    """The rates that a flexible run has measured."""
-    run = config_of(folder, data, model, "flexible", runs).run
+def rates_of(folder: Path, data: str, model: str) -> dict[str, Rates]:
+    """The rates that the flexible run has measured."""
+    run = config_of(folder, data, model, "flexible").run
     kept = json.loads((run / "rates.json").read_text())["rates"]
     return {kind: Rates(**values) for kind, values in kept.items()}
 
@@ -310,9 +294,9 @@ def in_lab(folder: Path, work: str, megabits: int | None) -> dict[str, Any]:
 def main() -> None:
     """Run the lab at each bandwidth and compare."""
     console = Console(record=True, width=130)
-    table = Table("Mbit/s", "case", "setup", "measured s", "foretold s", "error", "first rates",
-                  "probe", "peak MB", "foretold MB", "error", box=None)  # fmt: skip
-    errors, firsts, probed, memory = [], [], [], []
+    table = Table("Mbit/s", "case", "setup", "measured s", "foretold s", "error", "from the probe",
+                  "peak MB", "foretold MB", "error", box=None)  # fmt: skip
+    errors, probed, memory = [], [], []
     within: list[float] = []
     peaks: dict[str, float] = {}
     for megabits in BANDWIDTHS:
@@ -330,8 +314,7 @@ def main() -> None:
                 rounds = sorted(range(FIRST, FIRST + STEPS), key=lambda n: lost["rounds"][n])
                 rounds = rounds[: max(LEAST, sum(lost["rounds"][n] <= QUIET for n in rounds))]
                 runs = [r for r in found["runs"] if (r["data"], r["model"]) == (data, model)]
-                measured = [rates_of(folder, data, model, when) for when in ("runs", "after")]
-                rates = measured[lost["rates"][1] < lost["rates"][0]]
+                rates = rates_of(folder, data, model)
                 told = {run["setup"]: foretold(folder, run, rates, rounds) for run in runs}
                 speeds = {}
                 for run in runs:
@@ -340,11 +323,9 @@ def main() -> None:
                         mean(run[of][n] for n in rounds) for of in ("step_s", "tokens")
                     )
                     speeds[setup] = tokens / step_s
-                    one = told[setup]
-                    first, plain = (foretold(folder, run, r, rounds) for r in (measured[0], None))
-                    error, once, alone = (x.step_s / step_s - 1 for x in (one, first, plain))
+                    one, plain = told[setup], foretold(folder, run, None, rounds)
+                    error, alone = (x.step_s / step_s - 1 for x in (one, plain))
                     errors.append(abs(error))
-                    firsts.append(abs(once))
                     probed.append(abs(alone))
                     peak, held = peaks[f"{data} {model} {setup}"], one.memory_bytes
                     if SETUPS[setup].mode != "fixed":
@@ -353,7 +334,7 @@ def main() -> None:
                     table.add_row(
                         *(str(megabits), f"{data}, {model}", setup),
                         *(f"{step_s:.3f}", f"{one.step_s:.3f}"),
-                        *(f"{error:+.0%}", f"{once:+.0%}", f"{alone:+.0%}"),
+                        *(f"{error:+.0%}", f"{alone:+.0%}"),
                         *(f"{peak / 1e6:.1f}", f"{held / 1e6:.1f}", f"{memory[-1]:+.0%}"),
                     )
                 names = {setup_of(folder, data, name): name for name in told}
@@ -366,14 +347,13 @@ def main() -> None:
                 taken = mean(lost["rounds"][n] for n in rounds), mean(lost["rounds"][FIRST:])
                 console.print(
                     f"  {len(rounds)} rounds count; the host took {taken[0]:.1%} of them, "
-                    f"{taken[1]:.1%} of all, {min(lost['rates']):.1%} while rates were measured"
+                    f"{taken[1]:.1%} of all, {lost['rates']:.1%} while rates were measured"
                 )
     console.print(table)
     figures = {
         "cases": len(within),
         "median_error": round(median(errors), 4),
         "p90_error": round(quantiles(errors, n=10)[-1], 4),
-        "first_rates_median_error": round(median(firsts), 4),
         "probe_only_median_error": round(median(probed), 4),
         "recommended_is_fastest": sum(gap <= 0.001 for gap in within),
         "recommended_worst_gap": round(max(within), 4),
