@@ -245,6 +245,19 @@ def test_two_labs_side_by_side() -> None:
     assert not traces(one.name) and not traces(two.name)
 
 
+@pytest.mark.parametrize(
+    ("bandwidth", "mtu"),
+    [("1gbit", 9000), ("50mbit", 2500), (("1gbit", "50mbit"), 2500), ("1mbit", 1500)],
+)
+def test_frames_are_what_the_slowest_link_carries_in_a_moment(
+    bandwidth: str | tuple[str, str], mtu: int
+) -> None:
+    code = "print(open('/sys/class/net/eth0/mtu').read())"
+    with Lab(LabSpec(nodes=2, bandwidth=bandwidth)) as lab:
+        for rank in lab.run(python(code), timeout_s=20).check().ranks:
+            assert int(rank.stdout) == mtu
+
+
 def test_links_are_cut_and_healed_from_the_command_line() -> None:
     """Node 1 sends all the time; what node 0 receives tells whether the link is there."""
     code = """
