@@ -293,7 +293,7 @@ def in_lab(folder: Path, work: str, megabits: int | None) -> dict[str, Any]:
 
 def main() -> None:
     """Run the lab at each bandwidth and compare."""
-    console = Console(record=True, width=130)
+    console = Console(record=True, width=120)
     table = Table("Mbit/s", "case", "setup", "measured s", "foretold s", "error", "from the probe",
                   "peak MB", "foretold MB", "error", box=None)  # fmt: skip
     errors, probed, memory = [], [], []
@@ -333,8 +333,7 @@ def main() -> None:
                     memory.append(held / peak - 1)
                     table.add_row(
                         *(str(megabits), f"{data}, {model}", setup),
-                        *(f"{step_s:.3f}", f"{one.step_s:.3f}"),
-                        *(f"{error:+.0%}", f"{alone:+.0%}"),
+                        *(f"{step_s:.3f}", f"{one.step_s:.3f}", f"{error:+.0%}", f"{alone:+.0%}"),
                         *(f"{peak / 1e6:.1f}", f"{held / 1e6:.1f}", f"{memory[-1]:+.0%}"),
                     )
                 names = {setup_of(folder, data, name): name for name in told}
